@@ -1,0 +1,464 @@
+"""Train a captioner by masked diffusion; the encoder's features are what it is for.
+
+    python train.py                                                       # the embedded data set, minutes on a CPU
+    python train.py --dataset cc3m                                        # one GPU; data.py has made the shards
+    torchrun --nproc_per_node=8 train.py --dataset cc3m --model B/16      # eight GPUs
+
+Typing the same command again continues a run that was stopped. The global batch (--batch-size) is what counts: how it
+is split into processes and micro-batches changes speed and memory, not the result. OUT (default
+out/DATASET-MODEL-OBJECTIVE) gets ckpt.pt, log.jsonl and, at the end, samples.png.
+"""
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import diffusion
+from data import Batches, UserError, decode_caption, open_split, prepare, run
+from model import SIZES, Captioner, Config
+from sample import caption_images, choose_lengths, contact_sheet, final, load_captioner, show
+
+# What `--dataset NAME` alone means; an explicit option wins. Values for photographs follow Cap and Cluster Masking at
+# academic scale; see "Choices made without the full text" in the README.
+PHOTOGRAPHS = {"model": "B/16", "image_size": 224, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 32.0, "batch_size": 2048,
+               "lr": 5e-4, "warmup": 2000, "weight_decay": 0.2, "crop_scale": 0.5, "t_min": 0.5}
+PRESETS = {
+    "shapes": {"model": "tiny", "image_size": 48, "tokenizer": "words:100", "max_tokens": 16, "steps": 1100,
+               "batch_size": 32, "lr": 1e-3, "warmup": 100, "weight_decay": 0.05, "crop_scale": 1.0, "t_min": 0.5},
+    "flickr8k": {"model": "tiny", "image_size": 64, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 8.0, "batch_size": 64,
+                 "lr": 1e-3, "warmup": 100, "weight_decay": 0.1, "crop_scale": 0.5, "t_min": 0.5},
+    "coco": PHOTOGRAPHS | {"model": "S/16", "batch_size": 512, "lr": 1e-3, "warmup": 1000},
+    "cc3m": PHOTOGRAPHS,
+    "cc12m": PHOTOGRAPHS,
+    "recap": PHOTOGRAPHS | {"max_tokens": 128, "epochs": 20.0},
+}
+# Options that change where, how fast or how often, but not the weights that come out.
+MAY_CHANGE = {"data_dir", "out", "fresh", "resume", "device", "compile", "workers", "micro_batch", "save_every",
+              "eval_every", "log_every"}
+EVAL_BATCH, EVAL_BATCHES, BINS = 128, 8, 10
+
+
+def parse_args(argv=None):
+    """Command line -> (namespace with the data set's preset filled in, the preset)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("data (defaults of most options: the data set's preset, printed at the start)")
+    add = group.add_argument
+    add("--dataset", default="shapes", help="name under DATA_DIR; presets: " + ", ".join(PRESETS) + " (others: cc3m's)")
+    add("--data-dir", default="data", metavar="DIR", help="where data.py put the shards (default: data)")
+    add("--image-size", type=int, metavar="PX", help="pixels of the square that the encoder sees")
+    add("--crop-scale", type=float, metavar="X", help="smallest share of the area a random crop keeps; 1 turns crops off")
+    add("--flip", action="store_true", help="mirror half of the images; off by default, because captions say left")
+    add("--tokenizer", metavar="NAME", help="has to be the shards'; see data.py")
+    add("--max-tokens", type=int, metavar="N", help="longest caption, EOS included; longer ones are cut and keep their EOS")
+    add("--workers", type=int, metavar="N", help="loader processes a rank; 0 loads in the training process "
+        "(default: on CUDA the cores divided by the ranks, at most 16; else 0)")
+    group = parser.add_argument_group("model and objective")
+    add = group.add_argument
+    add("--model", choices=list(SIZES), help="size of encoder and decoder")
+    add("--positions", choices=("sincos", "learned"), default="sincos", help="of the patches (default: sincos)")
+    add("--objective", choices=("mdc",), default="mdc", help="mdc: masked diffusion captioning (default)")
+    add("--t-min", type=float, metavar="T", help="smallest time, which is the masking ratio, in [0,1): the paper's is 0.5; "
+        "0 makes the loss a bound on the likelihood")
+    group = parser.add_argument_group("optimization")
+    add = group.add_argument
+    add("--batch-size", type=int, metavar="B", help="images of a step over all processes")
+    add("--micro-batch", type=int, metavar="B", help="images a process takes at a time; smaller needs less memory and gives "
+        "the same result (default: all of its share)")
+    add("--steps", type=int, metavar="N", help="length of the run; or give --epochs")
+    add("--epochs", type=float, metavar="X", help="length of the run in passes over the images")
+    add("--lr", type=float, help="peak learning rate of AdamW (betas 0.9, 0.98), cosine to 0")
+    add("--warmup", type=int, metavar="N", help="steps of linear warm-up; 0 turns it off")
+    add("--weight-decay", type=float, metavar="X", help="on tensors of two or more dimensions; 0 turns it off")
+    add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm; inf turns it off (default: 1)")
+    add("--seed", type=int, default=0, help="of weights, order, crops and masks (default: 0)")
+    add("--init", metavar="CKPT", help="start from the weights of another run (fine-tuning)")
+    group = parser.add_argument_group("machine and output")
+    add = group.add_argument
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: the first of these there is")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of matrix products (default: bfloat16 "
+        "where the hardware has it)")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile (default: on for CUDA)")
+    add("--out", metavar="DIR", help="default: out/DATASET-MODEL-OBJECTIVE")
+    add("--resume", metavar="CKPT", help="continue from this checkpoint instead of OUT/ckpt.pt")
+    add("--fresh", action="store_true", help="start over and replace what is in OUT")
+    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
+    add("--eval-every", type=int, default=500, metavar="N", help="steps between validations; 0: only at the end "
+        "(default: 500)")
+    add("--log-every", type=int, default=50, metavar="N", help="steps between log lines (default: 50)")
+    args = parser.parse_args(argv)
+    preset = PRESETS.get(args.dataset, PHOTOGRAPHS)
+    for name, value in preset.items():
+        if getattr(args, name) is None and not (name in ("steps", "epochs") and (args.steps or args.epochs)):
+            setattr(args, name, value)
+    args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
+    for name, good in (("t_min", 0 <= args.t_min < 1), ("crop_scale", 0 < args.crop_scale <= 1), ("max_tokens", args.max_tokens > 1),
+                       ("batch_size", args.batch_size > 0), ("log_every", args.log_every > 0), ("save_every", args.save_every > 0)):
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range; see train.py -h")
+    return args, preset
+
+
+def find_device(device, dtype, local_rank):
+    """--device, --dtype -> (torch.device, torch.dtype of autocast, the reason in words). fp16 is never chosen."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{local_rank + 1} or more processes, but {torch.cuda.device_count()} GPUs here: "
+                            f"torchrun --nproc_per_node={max(1, torch.cuda.device_count())}, or --device cpu")
+        torch.cuda.set_device(local_rank)
+        has_bf16, name = torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name()
+    elif device == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: this machine has none; use --device cpu")
+        has_bf16, name = False, "this Mac's GPU"
+    else:
+        cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+        has_bf16, name = "avx512_bf16" in cpuinfo or "amx_bf16" in cpuinfo, f"this CPU ({torch.get_num_threads()} threads)"
+    if dtype == "auto":
+        dtype = "bfloat16" if has_bf16 else "float32"
+        reason = f"{dtype}: {name} has {'' if has_bf16 else 'no fast '}bfloat16 matrix products"
+    else:
+        reason = f"{dtype}: --dtype, on {name}"
+    return torch.device(device, local_rank if device == "cuda" else None), getattr(torch, dtype), reason
+
+
+def get_lr(step, peak, warmup, steps):
+    """Learning rate of a step: linear warm-up to `peak`, then a cosine to 0 at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def split_batch(batch_size, world, micro_batch):
+    """Global batch -> number of micro-batches A of each process, all of the same size. Raises UserError with the numbers."""
+    if batch_size % world:
+        raise UserError(f"--batch-size {batch_size} cannot be shared out equally among {world} processes")
+    share = batch_size // world
+    if share % min(micro_batch or share, share):
+        raise UserError(f"--micro-batch {micro_batch}: expected a divisor of {share} (= {batch_size} images / {world} processes)")
+    return share // min(micro_batch or share, share)
+
+
+def make_optimizer(model, lr, weight_decay, device):
+    """AdamW with decay on matrices only (also embeddings), not on biases and gains; fused where that exists."""
+    groups = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == matrix] for matrix in (True, False)]
+    print_main(f"weight decay {weight_decay} on {sum(p.numel() for p in groups[0]):,} numbers, none on "
+               f"{sum(p.numel() for p in groups[1]):,}")
+    return torch.optim.AdamW([{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
+                             lr=lr, betas=(0.9, 0.98), fused=device.type != "mps")
+
+
+def print_main(*words):
+    """Print on the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*words, flush=True)
+
+
+def add_up(tensor, world):
+    """Sum a tensor over all processes, in place."""
+    if world > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def to_device(batch, device):
+    """Every tensor of a batch to the device; from pinned memory the copy runs while the host goes on."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, autocast, world):
+    """Validation on all processes, with fixed times and masks -> dict of plain numbers.
+
+    val_loss   the training objective in nats a token
+    control    the same with each image exchanged for another one of the set; gain = control - val_loss says how much the
+               words depend on the image, gain_se is its standard error over captions
+    by_ratio   mean -log p of a masked token (unweighted) by masking ratio, in tenths; None where there was none
+    """
+    model.eval()
+    sums, bins = torch.zeros(6, dtype=torch.float64, device=device), torch.zeros(2, BINS, dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = to_device(batch, device)
+        B, T = batch["mask"].shape
+        caption, length = batch["where"] // T, batch["valid"].sum(1).double()
+        with autocast:
+            features = model.encode(batch["images"])
+            losses = [diffusion.cross_entropy(model.decoder(model.decoder.read(f), batch["tokens"], batch["mask"], batch["valid"],
+                                              batch["rows"], batch["where"]), batch["targets"]).double()
+                      for f in (features, features.roll(1, 0))]
+        real, control = (torch.zeros(B, dtype=torch.float64, device=device).index_add(0, caption, loss * batch["weight"])
+                         for loss in losses)
+        gain = control - real
+        sums += torch.stack([length.sum(), real.sum(), gain.sum(), (gain * gain).sum(), (gain * length).sum(), (length * length).sum()])
+        bin_of = (batch["t"][caption] * BINS).long().clamp(max=BINS - 1)
+        bins += torch.stack([torch.zeros_like(bins[0]).index_add(0, bin_of, x) for x in (losses[0], torch.ones_like(losses[0]))])
+    model.train()
+    tokens, real, gain, gain2, gain_length, length2 = add_up(sums, world).tolist()
+    ratio = gain / tokens                                         # standard error of a ratio of two sums over captions
+    se = math.sqrt(max(0.0, gain2 - 2 * ratio * gain_length + ratio ** 2 * length2)) / tokens
+    total, count = add_up(bins, world).tolist()
+    return {"val_loss": real / tokens, "control": (real + gain) / tokens, "gain": ratio, "gain_se": se,
+            "by_ratio": [t / c if c else None for t, c in zip(total, count, strict=True)]}
+
+
+def save_checkpoint(path, checkpoint):
+    """Replace `path` by a new checkpoint; at every moment there is a whole one at `path` or at ckpt-previous.pt."""
+    torch.save(checkpoint, f"{path}.tmp")
+    with open(f"{path}.tmp", "rb+") as file:
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, path.with_name("ckpt-previous.pt"))
+    os.replace(f"{path}.tmp", path)
+
+
+def find_checkpoint(args):
+    """The run to continue: the checkpoint's dict, or None for a new run. Raises UserError if options have changed."""
+    if args.fresh:
+        return None
+    found = [Path(args.resume)] if args.resume else [Path(args.out) / name for name in ("ckpt.pt", "ckpt-previous.pt")]
+    for path in (path for path in found if path.exists() or args.resume):
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            options = checkpoint["options"]
+        except Exception as problem:
+            if path == found[-1]:
+                raise UserError(f"{path} cannot be read ({type(problem).__name__}): start over with --fresh") from None
+            print_main(f"{path} cannot be read ({type(problem).__name__}); trying {found[-1]}")
+            continue
+        changed = [f"--{name.replace('_', '-')} was {options.get(name)}, now {value}" for name, value in vars(args).items()
+                   if name not in MAY_CHANGE and options.get(name) != value]
+        if changed:
+            raise UserError(f"{path} is a run with other options ({'; '.join(changed)}): repeat its options, or use --fresh "
+                            "or another --out")
+        print_main(f"continuing {path} at step {checkpoint['step']:,}")
+        return checkpoint
+    return None
+
+
+def show_example(batch, tokenizer):
+    """Print a training caption, its tokens and a masked view of it: what the model is asked."""
+    tokens, mask, t = batch["tokens"][0], batch["mask"][0], float(batch["t"][0])
+    length = int(batch["valid"][0].sum())
+    print_main(f"a training example, masked at t = {t:.2f}, so every masked word weighs 1/t = {1 / t:.2f}:\n"
+               f"  caption  {decode_caption(tokenizer, tokens)}\n"
+               f"  tokens   {' '.join(str(token) for token in tokens[:length].tolist())}\n"
+               f"  input    {show(tokenizer, tokens[:length], mask[:length])}   and the image")
+
+
+def report(model, val, options, lengths, out, device):
+    """Caption validation images: writes samples.png, returns {"exact": share of captions exactly right} for shapes."""
+    batches = Batches(val, min(100, len(val)), options.image_size, options.max_tokens, options.seed, augment=False)
+    right, total = 0, 0
+    for number in range(-(-len(val) // batches.batch_size) if options.dataset == "shapes" else 1):
+        batch = batches[number]
+        count = len(batch["images"])
+        tokens = final(caption_images(model, batch["images"], choose_lengths(lengths, count)))
+        made, given = ([decode_caption(val.tokenizer, row) for row in rows] for rows in (tokens, batch["tokens"]))
+        right, total = right + sum(a == b for a, b in zip(made, given, strict=True)), total + count
+        if number == 0:
+            shapes = options.dataset == "shapes"
+            texts = [[(a, "green" if a == b else "darkred") if shapes else (a, "black"), (f"given: {b}", "grey")]
+                     for a, b in zip(made[:16], given[:16], strict=True)]
+            contact_sheet(batch["images"][:16], texts, out / "samples.png")
+    return {"exact": right / total} if options.dataset == "shapes" else {}
+
+
+def main():
+    """Configuration, data, model, optimizer, loop, report: one after the other."""
+    started = time.time()
+    args, preset = parse_args()
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
+                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device, dtype, reason = find_device(args.device, args.dtype, local_rank)
+    args.dtype = str(dtype).removeprefix("torch.")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    out = Path(args.out)
+
+    # data
+    print_main(f"nanoMDC: masked diffusion captioning on {args.dataset} -> {out}\n{reason}")
+    print_main(f"preset {args.dataset if args.dataset in PRESETS else 'cc3m'}: "
+               + ", ".join(f"{name} {getattr(args, name)}" for name in preset))
+    if args.dataset == "shapes":
+        for split in ("train", "val"):
+            if not (Path(args.data_dir) / "shapes" / split / "meta.json").exists():
+                print_main(f"drawing the embedded data set, split {split}, into {args.data_dir}/shapes (once)")
+                prepare("shapes", split, args.data_dir, image_size=args.image_size, tokenizer=args.tokenizer)
+    train, val = (open_split(args.data_dir, args.dataset, split) for split in ("train", "val"))
+    for shards in (train, val):
+        again = f"prepare them again: python data.py --dataset {args.dataset} --fresh"
+        if shards.meta["tokenizer"]["name"] != args.tokenizer or shards.meta["tokenizer"] != train.meta["tokenizer"]:
+            raise UserError(f"{shards.folder} was tokenized by {shards.meta['tokenizer']['name']}, not as the training split "
+                            f"and --tokenizer {args.tokenizer} want; {again} --tokenizer {args.tokenizer}")
+        if shards.meta["image_size"] < args.image_size:
+            raise UserError(f"{shards.folder} was made for images of {shards.meta['image_size']} px, --image-size is "
+                            f"{args.image_size}; {again} --image-size {args.image_size}")
+    args.steps = args.steps or max(1, round(args.epochs * len(train) / args.batch_size))
+    accumulation = split_batch(args.batch_size, world, args.micro_batch)
+    lengths = {}
+    for length, count in train.lengths.items():
+        lengths[min(length, args.max_tokens)] = lengths.get(min(length, args.max_tokens), 0) + count
+    mean_length = sum(n * count for n, count in lengths.items()) / sum(lengths.values())
+    print_main(f"{len(train):,} training images, {len(val):,} for validation; captions of {mean_length:.1f} tokens on average; "
+               f"{args.steps:,} steps of {args.batch_size} images = {args.steps * args.batch_size / len(train):.1f} epochs")
+
+    # model
+    config = Config(args.model, args.image_size, train.tokenizer.n_vocab, args.max_tokens, args.positions)
+    checkpoint = find_checkpoint(args)
+    if checkpoint and checkpoint["step"] == args.steps and (out / "final.json").exists():
+        print_main(f"this run is finished ({args.steps:,} steps); --fresh starts over")
+        return print_end(json.loads((out / "final.json").read_text()), args)
+    try:
+        model = Captioner(config)
+    except ValueError as problem:
+        raise UserError(problem) from None
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    elif args.init:
+        start, spec = load_captioner(args.init)
+        if spec["tokenizer"] != train.meta["tokenizer"] or start.config.size != args.model:
+            raise UserError(f"--init {args.init} is a {start.config.size} with tokenizer {spec['tokenizer']['name']}, this run "
+                            f"a {args.model} with {args.tokenizer}: they have to be the same")
+        weights, rows = start.state_dict(), min(args.max_tokens, start.config.max_tokens)
+        weights["decoder.positions"] = torch.cat([weights["decoder.positions"][:rows], model.decoder.positions.detach()[rows:]])
+        if weights["encoder.pos_embed"].shape != model.encoder.pos_embed.shape:
+            raise UserError(f"--init {args.init} has images of {start.config.image_size} px: use --image-size "
+                            f"{start.config.image_size}")
+        model.load_state_dict(weights)
+    model.to(device)
+    print_main(f"{args.model}: encoder {sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f} M parameters, decoder "
+               f"{sum(p.numel() for p in model.decoder.parameters()) / 1e6:.1f} M")
+    optimizer = make_optimizer(model, args.lr, args.weight_decay, device)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    use_compile = args.compile == "on" or (args.compile == "auto" and device.type == "cuda" and sys.platform != "win32")
+    step_model = torch.compile(wrapped) if use_compile else wrapped    # a second handle: `model` is what is saved and sampled
+    print_main(f"torch.compile {'on' if use_compile else 'off'} (--compile {args.compile})")
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    # batches: everything random about them is decided in the loader, by (seed, step, place in the global batch)
+    view = functools.partial(diffusion.training_batch, t_min=args.t_min)
+    same = {"image_size": args.image_size, "max_tokens": args.max_tokens, "seed": args.seed, "rank": rank, "world": world}
+    batches = Batches(train, args.batch_size, crop_scale=args.crop_scale, flip=args.flip, accumulation=accumulation, **same,
+                      transform=functools.partial(view, batch_size=args.batch_size, tokens_in_batch=args.batch_size * mean_length))
+    eval_size = min(EVAL_BATCH, len(val))
+    checks = Batches(val, eval_size, augment=False, transform=functools.partial(view, batch_size=eval_size, tokens_in_batch=1.0), **same)
+    cuda = device.type == "cuda"
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = args.workers if args.workers is not None else max(1, min(16, cores)) if cuda else 0
+    loader = functools.partial(torch.utils.data.DataLoader, batch_size=None, num_workers=workers, pin_memory=cuda)
+    first = checkpoint["step"] if checkpoint else 0
+    stream = iter(loader(batches, sampler=range(first * accumulation, args.steps * accumulation)))
+    if not checkpoint:
+        show_example(batches[0], train.tokenizer)
+
+    # loop
+    out.mkdir(parents=True, exist_ok=True)
+    log_file = out / "log.jsonl"
+    records = [json.loads(line) for line in log_file.read_text().splitlines()] if checkpoint and log_file.exists() else []
+    if rank == 0:
+        (out / "final.json").unlink(missing_ok=True)
+        log_file.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= first))
+
+    def log(record):
+        if rank == 0:
+            with open(log_file, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def validate(step):
+        figures = evaluate(model, loader(checks, sampler=range(min(EVAL_BATCHES, len(val) // eval_size))), device, autocast, world)
+        log({"step": step, "event": "eval"} | figures)
+        print_main(f"step {step:6,}  validation loss {figures['val_loss']:.4f}, with exchanged images {figures['control']:.4f}: the "
+                   f"image is worth {figures['gain']:.3f} ± {figures['gain_se']:.3f} nats a token")
+        return figures
+
+    total, waited, since, since_step, begun = torch.zeros((), device=device), 0.0, time.time(), first, time.time()
+    for step in range(first, args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, args.lr, args.warmup, args.steps)
+        for micro in range(accumulation):
+            asked = time.time()
+            batch = next(stream)
+            waited += time.time() - asked
+            batch = to_device(batch, device)
+            # gradients travel with the last micro-batch only; DDP wants to know before the forward pass
+            last = micro == accumulation - 1
+            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+                with autocast:
+                    logits = step_model(*(batch[name] for name in ("images", "tokens", "mask", "valid", "rows", "where")))
+                loss = (diffusion.cross_entropy(logits, batch["targets"]) * batch["weight"]).sum()
+                (loss * world).backward()                             # DDP takes the mean over processes, we want the sum
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            steps = done - since_step
+            loss, elapsed = float(add_up(total, world)) / steps, time.time() - since
+            if not math.isfinite(loss):
+                raise UserError(f"the loss became {loss} before step {done}; the last checkpoint in {out} is from before: "
+                                "try a smaller --lr with --fresh")
+            record = {"step": done, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
+                      "images_per_s": steps * args.batch_size / elapsed, "data_wait": waited / elapsed}
+            log(record)
+            eta = (time.time() - begun) / (done - first) * (args.steps - done)
+            print_main(f"step {done:6,}/{args.steps:,}  loss {loss:7.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:6.3f}  "
+                       f"{record['images_per_s']:7.1f} img/s  wait {record['data_wait']:5.1%}  left {eta / 60:5.1f} min")
+            total, waited, since, since_step = torch.zeros_like(total), 0.0, time.time(), done
+        if (done % args.save_every == 0 or done == args.steps) and rank == 0:
+            save_checkpoint(out / "ckpt.pt", {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "config": config.to_dict(),
+                "options": vars(args), "tokenizer": train.meta["tokenizer"], "lengths": lengths})
+        if args.eval_every and done % args.eval_every == 0 and done < args.steps and len(val):
+            paused = time.time()
+            validate(done)
+            since, begun = since + time.time() - paused, begun + time.time() - paused
+
+    # report
+    figures = validate(args.steps) if len(val) else {}
+    if rank == 0:
+        model.eval()
+        figures |= report(model, val, args, lengths, out, device) if len(val) else {}
+        figures |= {"minutes": (time.time() - started) / 60, "machine": f"{platform.machine()}, {reason}"}
+        record = {"step": args.steps, "event": "final"} | figures
+        log(record)
+        (out / "final.json").write_text(json.dumps(record))
+        print_end(record, args)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def print_end(record, args):
+    """What was reached, and the commands to type next."""
+    if "val_loss" in record:
+        print_main(f"\nvalidation loss {record['val_loss']:.4f} nats a token; with exchanged images {record['gain']:.3f} more "
+                   f"(standard error {record['gain_se']:.3f})")
+    if "exact" in record:
+        print_main(f"{record['exact']:.1%} of the held-out captions are exactly right, every word of them")
+    print_main(f"{record['minutes']:.1f} minutes; captions of validation images in {args.out}/samples.png\nnext:")
+    what = f"--ckpt {args.out}/ckpt.pt"
+    print_main(f"  python sample.py {what} --dataset {args.dataset} --split val --trace --count 3")
+    if args.dataset == "shapes":
+        print_main(f"  python probe.py {what} --dataset shapes")
+    else:
+        print_main(f"  python sample.py {what} photo.jpg\n  python probe.py {what} --dataset cifar10 --source raw/cifar10")
+
+
+if __name__ == "__main__":
+    run(main)
