@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:                                   # Windows has no flock: there, do not prepare a split twice at once
+except ImportError:                                   # Windows has no flock: do not prepare a split twice at once there
     fcntl = None
 
 FORMAT = 1                                            # of the shards; raised when a reader of the old one would misread
@@ -140,7 +140,8 @@ def open_image(file, short_side=None):
         image.load()
     except Exception:                                 # Pillow's decoders raise a dozen different types
         raise BadSample("image data is broken") from None
-    with contextlib.suppress(Exception):              # a broken EXIF block says nothing about the picture
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("error")                # a broken EXIF block says nothing about the picture
         image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -183,7 +184,7 @@ def draw_shapes(seed, pixels):
 
     Every attribute is in the caption, so SHAPES_CAPTION can judge a caption by rule and label pictures for probing.
     Object and background never share a colour: exchanging the two words makes a wrong caption of the same words.
-    Backgrounds are pale and objects are not: with contrasts of both signs the forms were still at chance in three minutes.
+    Backgrounds are pale and objects are not: with contrasts of both signs, forms stayed at chance for three minutes.
     """
     rng = np.random.default_rng(seed)
     size, form = list(FORM_SIZES)[rng.integers(2)], FORMS[rng.integers(len(FORMS))]
@@ -191,7 +192,7 @@ def draw_shapes(seed, pixels):
     column, row = rng.integers(3, size=2)
     scale = 3 * pixels                                # drawn three times as large, then averaged
     r = scale * FORM_SIZES[size] * rng.uniform(0.95, 1.05)
-    x, y = scale * ((np.array([column, row]) + 0.5) / 3 + rng.uniform(-0.012, 0.012, 2))
+    x, y = scale * ((np.array([column, row]) + 0.5) / 3 + rng.uniform(-0.02, 0.02, 2))
     image = Image.new("RGB", (scale, scale), tuple(255 - (255 - c) * 2 // 5 for c in COLOURS[background]))
     draw, fill = ImageDraw.Draw(image), COLOURS[colour]
     if form == "circle":
@@ -243,7 +244,8 @@ def read_caption_table(path):
             if ".json" in path:
                 coco = json.load(file)
                 names = {image["id"]: image["file_name"] for image in coco["images"]}
-                rows = [(names[a["image_id"]], a["caption"]) for a in sorted(coco["annotations"], key=lambda a: a["id"])]
+                notes = sorted(coco["annotations"], key=lambda note: note["id"])
+                rows = [(names[note["image_id"]], note["caption"]) for note in notes]
             elif "token" in path:
                 rows = [line.rstrip().split("\t") for line in file]
             else:
@@ -300,7 +302,7 @@ def read_tar(path, skipped, text_only):
                         files = {}
                     sample = (os.path.dirname(member.name), stem)
                     files[extension] = read_file(tar.extractfile(member), extension, text_only)
-            tar.fileobj.seek(tar.offset)              # tarfile takes a damaged header for the end; the true end is zeros
+            tar.fileobj.seek(tar.offset)              # tarfile takes a damaged header for the end; the end is zeros
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError
         if files:
@@ -400,7 +402,8 @@ def write_shard(unit, number, folder, plan):
         os.fsync(file.fileno())
         lengths = Counter(np.diff(token_ends, prepend=0).tolist())
         entry = {"samples": len(records), "held_out": len(held_out), "captions": len(token_ends), "tokens": len(tokens),
-                 "image_bytes": image_bytes, "bytes": file.tell(), "skipped": skipped, "lengths": sorted(lengths.items())}
+                 "image_bytes": image_bytes, "bytes": file.tell(), "skipped": skipped,
+                 "lengths": sorted(lengths.items())}
         file.seek(0)
         entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     os.replace(f"{path}.tmp", path)
@@ -497,6 +500,8 @@ class Shards:
                 raise UserError(f"{folder} has shards of format {self.meta['format']}, this program reads {FORMAT}: "
                                 "prepare them again with --fresh")
             samples, held_out = (np.array([s[name] for s in self.meta["shards"]]) for name in ("samples", "held_out"))
+            if not len(samples) or (held_out < 0).any() or (samples < held_out).any():
+                raise ValueError("its counts make no sense")
             self.lengths = {int(length): int(count) for length, count in self.meta["lengths"]}
             self.tokenizer = load_tokenizer(self.meta["tokenizer"])
         except FileNotFoundError:
@@ -648,7 +653,8 @@ class Batches(torch.utils.data.Dataset):
         if len(tokens) > self.max_tokens:             # EOS is sticky: a caption that is cut still ends
             tokens = np.append(tokens[:self.max_tokens - 1], tokens[-1])
         image = self.shards.image(place, round(self.image_size / self.crop_scale ** 0.5))
-        image = crop_square(image, self.image_size, random_box(rng, *image.size, self.crop_scale) if self.augment else None)
+        box = random_box(rng, *image.size, self.crop_scale) if self.augment else None
+        image = crop_square(image, self.image_size, box)
         return image[:, ::-1] if self.augment and self.flip and rng.random() < 0.5 else image, tokens, noise
 
 
@@ -659,9 +665,9 @@ def main():
     add = parser.add_argument
     add("--dataset", required=True, help="any name; shards go to DATA_DIR/DATASET/SPLIT. `shapes` is drawn here")
     add("--split", default="train", help="train or val (default: train); prepare train first")
-    add("--source", nargs="+", metavar="PATH", help="tars, folders or patterns; with --captions the folder of the images")
-    add("--captions", metavar="FILE", help="caption table: COCO's captions_*.json, a CSV with the header `image,caption`, "
-        "or Flickr's *.token.txt; images that it does not name are left out")
+    add("--source", nargs="+", metavar="PATH", help="tars, folders or patterns; with --captions the images' folder")
+    add("--captions", metavar="FILE", help="caption table: COCO's captions_*.json, a CSV headed `image,caption`, or "
+        "Flickr's *.token.txt; images that it does not name are left out")
     add("--caption-key", metavar="KEY", help="field of KEY.json with the caption or a list of captions "
         "(default: captions, else KEY.txt, else caption)")
     add("--image-size", type=int, metavar="PX", help="largest size to train at; the short side is stored 8/7 as long, "
@@ -681,7 +687,8 @@ def main():
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items()) or "none"
         print(f"{args.data_dir}/{args.dataset}/{split}: {meta['samples']:,} images, {meta['captions']:,} captions of "
               f"{meta['tokens'] / meta['captions']:.1f} tokens on average ({meta['tokenizer']['name']}, vocabulary "
-              f"{meta['vocab_size']:,}), {meta['bytes'] / 1e6:,.1f} MB in {len(meta['shards'])} shards; skipped: {skipped}")
+              f"{meta['vocab_size']:,}), {meta['bytes'] / 1e6:,.1f} MB in {len(meta['shards'])} shards; "
+              f"skipped: {skipped}")
     print(f"next: python train.py --dataset {args.dataset}")
 
 

@@ -9,8 +9,8 @@ share of masked tokens. The decoder sees what is left and the image, and is trai
     L = E_{t ~ U[t_min, t_max]} E_{mask ~ Bernoulli(t)} [ 1/t * sum_{i masked} -log p(x_i | x_masked, image) ]
 
 The weight 1/t = -alpha'_t / (1 - alpha_t) is what makes every token count the same: a position is masked with
-probability t and then weighs 1/t, which is 1 on average at every t and at every position. An autoregressive
-captioner cannot say that of its last words, which it guesses from its first ones without looking.
+probability t and then weighs 1/t, which is 1 on average at every t and at every position. A left-to-right captioner
+has another diet: many of its last words follow from the first ones, without a look at the image.
 Sampling goes the other way: start from masks only, fill in the most confident word, look again.
 
 Shape letters are model.py's: B captions, T positions, K positions with a loss, V vocabulary.
@@ -65,7 +65,7 @@ def training_batch(batch, batch_size, tokens_in_batch, t_min=0.5, t_max=1.0):
 
 
 def cross_entropy(logits, targets):
-    """-log p of each target in float32: logits [K,V], targets [K] -> [K] nats. K = 0 (nothing masked) gives an empty result."""
+    """-log p of each target in float32: logits [K,V], targets [K] -> [K] nats, none if nothing is masked."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
@@ -109,7 +109,7 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
     if steps is not None and steps < 1:
         raise ValueError(f"steps {steps}: expected at least 1")
     total = mask.sum(1)                                                         # [B] words to find
-    planned = total.clamp(max=steps or mask.shape[1])                                          # [B] steps of each caption
+    planned = total.clamp(max=steps or mask.shape[1])                           # [B] steps of each caption
     yield tokens, mask
     for step in range(1, int(planned.max()) + 1):
         where = mask.flatten().nonzero().squeeze(1)
@@ -118,7 +118,7 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
             confidence = torch.rand(len(where), generator=generator).to(confidence)
         elif order == "left-to-right":
             confidence = -(where % mask.shape[1]).to(confidence)
-        score = torch.full(mask.shape, -torch.inf, device=mask.device).flatten().index_copy(0, where, confidence.float())
+        score = torch.full((mask.numel(),), -torch.inf, device=mask.device).index_copy(0, where, confidence.float())
         rank = score.view_as(mask).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         left = total - torch.minimum(total, step * total // planned.clamp(min=1))   # [B] still masked afterwards
         reveal = mask & (rank < (mask.sum(1) - left)[:, None])

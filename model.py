@@ -8,13 +8,12 @@ paper adds is in diffusion.py. Three things here are worth a look:
 
   * `[MASK]` is an extra *input* embedding row and has no output column, so the model can never predict it.
   * The decoder works on a flat stream of the real tokens of a batch; pads exist only inside self-attention.
-  * Cross-attention keys and values are computed once an image (`TextDecoder.read`), then every denoising step uses them.
+  * Cross-attention keys and values are computed once an image (`TextDecoder.read`) and used at every step.
 
 Shape letters, used at line ends in all files:
     B images (= captions) of a batch   N patches of an image   T token positions of the longest caption
     M real tokens of the batch (no pads)   K positions with a loss   D width   H heads   V vocabulary
 """
-import math
 from dataclasses import asdict, dataclass
 
 import torch

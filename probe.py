@@ -1,6 +1,6 @@
 """What are the features good for? Linear probing of the frozen encoder.
 
-    python probe.py --ckpt out/shapes-tiny-mdc/ckpt.pt --dataset shapes                          # every attribute of the drawings
+    python probe.py --ckpt out/shapes-tiny-mdc/ckpt.pt --dataset shapes              # every attribute of the drawings
     python probe.py --ckpt out/flickr8k-tiny-mdc/ckpt.pt --dataset cifar10 --source raw/cifar10
 
 The features of an image are the mean of its patch tokens after the encoder's final LayerNorm, computed once, in
@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import IMAGE_TYPES, SHAPES_CAPTION, BadSample, UserError, crop_square, decode_caption, open_image, open_split, run
+from data import (IMAGE_TYPES, SHAPES_CAPTION, BadSample, UserError, crop_square, decode_caption, open_image,
+                  open_split, run)
 from model import Captioner
 from sample import load_captioner
 
-STRENGTHS = np.logspace(-6, 5, 45)                    # of scikit-learn's inverse L2 strength C, as DINOv2's probe
+STRENGTHS = np.logspace(-6, 5, 12)                    # of scikit-learn's inverse L2 strength C, as DINOv2's probe
 PIXEL_BATCH = 256
 
 
@@ -41,8 +42,8 @@ def find_labelled(source, dataset, names):
         if path.exists():
             return path
     inside = ", ".join(sorted(os.listdir(source))[:8]) if os.path.isdir(source) else "no such folder"
-    raise UserError(f"--source {source} has none of {', '.join(path.name for path in tried)} (found: {inside}); expected "
-                    f"folders {names[0]}/CLASS/image.jpg or tars of CLASS/image.jpg")
+    raise UserError(f"--source {source} has none of {', '.join(path.name for path in tried)} (found: {inside}); "
+                    f"expected folders {names[0]}/CLASS/image.jpg or tars of CLASS/image.jpg")
 
 
 def read_labelled(path, side):
@@ -71,10 +72,10 @@ def read_labelled(path, side):
     return images, np.array([label for label, _, _ in files])
 
 
-def read_shapes(data_dir, split, side, limit):
+def read_shapes(data_dir, split, side, limit=None):
     """Images [n,side,side,3] of the embedded data set and {attribute: labels [n]}, read off their captions."""
     shards = open_split(data_dir, "shapes", split)
-    count = min(limit, len(shards))
+    count = min(limit or len(shards), len(shards))
     images = np.stack([crop_square(shards.image(i), side) for i in range(count)])
     captions = [SHAPES_CAPTION.fullmatch(decode_caption(shards.tokenizer, shards.captions(i)[0])) for i in range(count)]
     return images, {name: np.array([caption[name] for caption in captions]) for name in SHAPES_CAPTION.groupindex}
@@ -138,25 +139,28 @@ def linear_probe(train, train_labels, test, test_labels, seed=0):
     right = (logits.argmax(1) == test_labels).double()
     top5 = (logits.topk(min(5, len(names))).indices == test_labels[:, None]).any(1).double()
     per_class = [float(right[test_labels == c].mean()) for c in range(len(names)) if (test_labels == c).any()]
-    return {"top1": float(right.mean()), "top5": float(top5.mean()), "mean_class": float(np.mean(per_class)), "C": float(chosen)}
+    return {"top1": float(right.mean()), "top5": float(top5.mean()), "mean_class": float(np.mean(per_class)),
+            "C": float(chosen)}
 
 
 def main():
     """Read the labelled images, probe the trained and the random encoder, print and append to probe.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="FILE", help="checkpoint of train.py; the result is appended to probe.jsonl beside it")
+    add("--ckpt", required=True, metavar="FILE", help="checkpoint of train.py; results go to probe.jsonl beside it")
     add("--dataset", required=True, help="shapes, or any name for the labelled images in --source")
     add("--source", metavar="DIR", help="folder with train and test; see above")
     add("--data-dir", default="data", metavar="DIR", help="of the shards of shapes (default: data)")
-    add("--limit", type=int, default=5000, metavar="N", help="training images of shapes (default: 5000)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for the features (default: cuda if there is one)")
+    add("--limit", type=int, default=200, metavar="N", help="labelled training images of shapes (default: 200; with "
+        "thousands of such simple pictures a random encoder will do)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
     add("--seed", type=int, default=0, help="of the random encoder and of the held-out tenth (default: 0)")
     args = parser.parse_args()
     model, checkpoint = load_captioner(args.ckpt, args.device)
     side = model.config.image_size
     if args.dataset == "shapes":
-        (images, tasks), (test_images, test_tasks) = (read_shapes(args.data_dir, s, side, args.limit) for s in ("train", "val"))
+        (images, tasks), (test_images, test_tasks) = (read_shapes(args.data_dir, *which)
+                                                             for which in (("train", side, args.limit), ("val", side)))
     elif args.source:
         images, labels = read_labelled(find_labelled(args.source, args.dataset, ["train"]), side)
         test_images, test_labels = read_labelled(find_labelled(args.source, args.dataset, ["test", "val"]), side)
@@ -167,8 +171,9 @@ def main():
     random_model = Captioner(model.config).to(args.device).eval()
     features = {name: [compute_features(encoder, x, args.device) for x in (images, test_images)]
                 for name, encoder in (("trained", model), ("random", random_model))}
-    print(f"{args.dataset}: {len(images):,} training and {len(test_images):,} test images at {side} px, features of {model.config.size}"
-          f" after {checkpoint['step']:,} steps\n\n{'':12}{'classes':>8}{'trained':>10}{'random init':>13}{'gain':>7}   top-1 %")
+    print(f"{args.dataset}: {len(images):,} training and {len(test_images):,} test images at {side} px, features of "
+          f"{model.config.size} after {checkpoint['step']:,} steps\n\n"
+          f"{'':12}{'classes':>8}{'trained':>10}{'random init':>13}{'gain':>7}   top-1 %")
     results = {}
     for task in tasks:
         results[task] = {name: linear_probe(train, tasks[task], test, test_tasks[task], args.seed)
@@ -178,8 +183,9 @@ def main():
               f"{100 * (trained['top1'] - floor['top1']):+7.1f}   top-5 {100 * trained['top5']:.1f}, "
               f"mean per class {100 * trained['mean_class']:.1f}, C {trained['C']:.2g}", flush=True)
     with open(Path(args.ckpt).parent / "probe.jsonl", "a") as file:
-        file.write(json.dumps({"dataset": args.dataset, "ckpt": args.ckpt, "step": checkpoint["step"], "seed": args.seed,
-                               "train": len(images), "test": len(test_images), "results": results}) + "\n")
+        file.write(json.dumps({"dataset": args.dataset, "ckpt": args.ckpt, "step": checkpoint["step"],
+                               "seed": args.seed, "train": len(images), "test": len(test_images),
+                               "results": results}) + "\n")
 
 
 if __name__ == "__main__":

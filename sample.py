@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import diffusion
-from data import IMAGE_TYPES, BadSample, UserError, crop_square, decode_caption, load_tokenizer, open_image, open_split, run
+from data import IMAGE_TYPES, BadSample, UserError, crop_square, load_tokenizer, open_image, open_split, run
 from model import Captioner, Config
 
 
@@ -93,7 +93,8 @@ def show(tokenizer, tokens, mask):
 def contact_sheet(images, texts, path, columns=4, side=220):
     """Draw images [n,S,S,3] uint8 in a grid, each over its lines of text: texts is a list of [(line, colour), ...]."""
     font = ImageFont.load_default(15)
-    wrapped = [[(part, colour) for line, colour in lines for part in textwrap.wrap(line, side // 8) or [""]] for lines in texts]
+    wrapped = [[(part, colour) for line, colour in lines for part in textwrap.wrap(line, side // 8) or [""]]
+               for lines in texts]
     gap, height = 14, side + 20 * max(map(len, wrapped)) + 22
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * height + gap), "white")
@@ -107,7 +108,7 @@ def contact_sheet(images, texts, path, columns=4, side=220):
 
 
 def find_images(paths):
-    """Files and folders -> image files, the folders' in alphabetical order. Raises UserError for a path that is not there."""
+    """Files and folders -> image files, those of a folder in alphabetical order. Raises UserError if there is none."""
     files = []
     for path in map(Path, paths):
         if not path.exists():
@@ -129,28 +130,28 @@ def main():
     add("--split", default="val", help="with --dataset (default: val)")
     add("--data-dir", default="data", metavar="DIR", help="default: data")
     add("--count", type=int, metavar="N", help="only the first N images (default: all)")
-    add("--steps", type=int, metavar="N", help="denoising steps; fewer than tokens is faster and worse (default: a token a step)")
-    add("--length", default="typical", metavar="N", help="tokens of a caption, its EOS included: a number, `typical` (median of the "
-        "training captions, the default) or `draw` (drawn from them for each image)")
-    add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest word (default), 1 draws as the model believes")
-    add("--order", choices=diffusion.ORDERS, default="confidence", help="which words are revealed first (default: confidence)")
+    add("--steps", type=int, metavar="N", help="denoising steps; fewer are faster and worse (default: a token a step)")
+    add("--length", default="typical", metavar="N", help="tokens of a caption with its EOS: a number, `typical` "
+        "(median of the training captions, the default) or `draw` (drawn from them for each image)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0: likeliest words (default); 1: drawn")
+    add("--order", choices=diffusion.ORDERS, default="confidence", help="which words come first (default: confidence)")
     add("--trace", action="store_true", help="print the caption after every step, `_` for a masked token")
     add("--sheet", metavar="FILE", help="draw the images over their captions into this PNG")
     add("--batch-size", type=int, default=64, metavar="B", help="images at a time (default: 64)")
     add("--seed", type=int, default=0, help="of temperature, order and length (default: 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
     args = parser.parse_args()
     model, checkpoint = load_captioner(args.ckpt, args.device)
     tokenizer, longest = load_tokenizer(checkpoint["tokenizer"]), model.config.max_tokens
     if args.length not in ("typical", "draw"):
         if not args.length.isdecimal() or not 1 <= int(args.length) <= longest:
-            raise UserError(f"--length {args.length}: expected typical, draw or a number from 1 to {longest}, the longest trained")
+            raise UserError(f"--length {args.length}: expected typical, draw or a number from 1 to {longest}")
         args.length = int(args.length)
     for name in ("steps", "count", "batch_size"):
         if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     if bool(args.dataset) == bool(args.images):
-        raise UserError("expected image files or folders, or --dataset, one of the two: python sample.py --ckpt FILE photo.jpg")
+        raise UserError("expected either images or --dataset, for example: python sample.py --ckpt FILE photo.jpg")
     side, generator = model.config.image_size, torch.Generator().manual_seed(args.seed)
     if args.dataset:
         shards = open_split(args.data_dir, args.dataset, args.split)

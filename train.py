@@ -30,13 +30,13 @@ from sample import caption_images, choose_lengths, contact_sheet, final, load_ca
 
 # What `--dataset NAME` alone means; an explicit option wins. Values for photographs follow Cap and Cluster Masking at
 # academic scale; see "Choices made without the full text" in the README.
-PHOTOGRAPHS = {"model": "B/16", "image_size": 224, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 32.0, "batch_size": 2048,
-               "lr": 5e-4, "warmup": 2000, "weight_decay": 0.2, "crop_scale": 0.5, "t_min": 0.5}
+PHOTOGRAPHS = {"model": "B/16", "image_size": 224, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 32.0,
+               "batch_size": 2048, "lr": 5e-4, "warmup": 2000, "weight_decay": 0.2, "crop_scale": 0.5, "t_min": 0.5}
 PRESETS = {
-    "shapes": {"model": "tiny", "image_size": 48, "tokenizer": "words:100", "max_tokens": 16, "steps": 1100,
+    "shapes": {"model": "tiny", "image_size": 48, "tokenizer": "words:100", "max_tokens": 16, "steps": 1250,
                "batch_size": 32, "lr": 1e-3, "warmup": 100, "weight_decay": 0.05, "crop_scale": 1.0, "t_min": 0.5},
-    "flickr8k": {"model": "tiny", "image_size": 64, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 8.0, "batch_size": 64,
-                 "lr": 1e-3, "warmup": 100, "weight_decay": 0.1, "crop_scale": 0.5, "t_min": 0.5},
+    "flickr8k": {"model": "tiny", "image_size": 64, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 8.0,
+                 "batch_size": 64, "lr": 1e-3, "warmup": 100, "weight_decay": 0.1, "crop_scale": 0.5, "t_min": 0.5},
     "coco": PHOTOGRAPHS | {"model": "S/16", "batch_size": 512, "lr": 1e-3, "warmup": 1000},
     "cc3m": PHOTOGRAPHS,
     "cc12m": PHOTOGRAPHS,
@@ -56,10 +56,10 @@ def parse_args(argv=None):
     add("--dataset", default="shapes", help="name under DATA_DIR; presets: " + ", ".join(PRESETS) + " (others: cc3m's)")
     add("--data-dir", default="data", metavar="DIR", help="where data.py put the shards (default: data)")
     add("--image-size", type=int, metavar="PX", help="pixels of the square that the encoder sees")
-    add("--crop-scale", type=float, metavar="X", help="smallest share of the area a random crop keeps; 1 turns crops off")
+    add("--crop-scale", type=float, metavar="X", help="smallest share of the area that a crop keeps; 1: no crops")
     add("--flip", action="store_true", help="mirror half of the images; off by default, because captions say left")
     add("--tokenizer", metavar="NAME", help="has to be the shards'; see data.py")
-    add("--max-tokens", type=int, metavar="N", help="longest caption, EOS included; longer ones are cut and keep their EOS")
+    add("--max-tokens", type=int, metavar="N", help="longest caption with its EOS; longer ones are cut, EOS kept")
     add("--workers", type=int, metavar="N", help="loader processes a rank; 0 loads in the training process "
         "(default: on CUDA the cores divided by the ranks, at most 16; else 0)")
     group = parser.add_argument_group("model and objective")
@@ -67,13 +67,13 @@ def parse_args(argv=None):
     add("--model", choices=list(SIZES), help="size of encoder and decoder")
     add("--positions", choices=("sincos", "learned"), default="sincos", help="of the patches (default: sincos)")
     add("--objective", choices=("mdc",), default="mdc", help="mdc: masked diffusion captioning (default)")
-    add("--t-min", type=float, metavar="T", help="smallest time, which is the masking ratio, in [0,1): the paper's is 0.5; "
+    add("--t-min", type=float, metavar="T", help="smallest time, that is masking ratio, in [0,1): the paper's is 0.5; "
         "0 makes the loss a bound on the likelihood")
     group = parser.add_argument_group("optimization")
     add = group.add_argument
     add("--batch-size", type=int, metavar="B", help="images of a step over all processes")
-    add("--micro-batch", type=int, metavar="B", help="images a process takes at a time; smaller needs less memory and gives "
-        "the same result (default: all of its share)")
+    add("--micro-batch", type=int, metavar="B", help="images a process takes at a time; fewer need less memory, "
+        "with the same result (default: all of its share)")
     add("--steps", type=int, metavar="N", help="length of the run; or give --epochs")
     add("--epochs", type=float, metavar="X", help="length of the run in passes over the images")
     add("--lr", type=float, help="peak learning rate of AdamW (betas 0.9, 0.98), cosine to 0")
@@ -85,8 +85,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("machine and output")
     add = group.add_argument
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: the first of these there is")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of matrix products (default: bfloat16 "
-        "where the hardware has it)")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of matrix products (default: "
+        "bfloat16 where the hardware has it)")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile (default: on for CUDA)")
     add("--out", metavar="DIR", help="default: out/DATASET-MODEL-OBJECTIVE")
     add("--resume", metavar="CKPT", help="continue from this checkpoint instead of OUT/ckpt.pt")
@@ -101,8 +101,8 @@ def parse_args(argv=None):
         if getattr(args, name) is None and not (name in ("steps", "epochs") and (args.steps or args.epochs)):
             setattr(args, name, value)
     args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
-    for name, good in (("t_min", 0 <= args.t_min < 1), ("crop_scale", 0 < args.crop_scale <= 1), ("max_tokens", args.max_tokens > 1),
-                       ("batch_size", args.batch_size > 0), ("log_every", args.log_every > 0), ("save_every", args.save_every > 0)):
+    for name, good in (("t_min", 0 <= args.t_min < 1), ("crop_scale", 0 < args.crop_scale <= 1),
+                       *((name, getattr(args, name) > 0) for name in ("batch_size", "log_every", "save_every"))):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range; see train.py -h")
     return args, preset
@@ -124,7 +124,8 @@ def find_device(device, dtype, local_rank):
         has_bf16, name = False, "this Mac's GPU"
     else:
         cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-        has_bf16, name = "avx512_bf16" in cpuinfo or "amx_bf16" in cpuinfo, f"this CPU ({torch.get_num_threads()} threads)"
+        has_bf16 = "avx512_bf16" in cpuinfo or "amx_bf16" in cpuinfo
+        name = f"this CPU ({torch.get_num_threads()} threads)"
     if dtype == "auto":
         dtype = "bfloat16" if has_bf16 else "float32"
         reason = f"{dtype}: {name} has {'' if has_bf16 else 'no fast '}bfloat16 matrix products"
@@ -141,12 +142,13 @@ def get_lr(step, peak, warmup, steps):
 
 
 def split_batch(batch_size, world, micro_batch):
-    """Global batch -> number of micro-batches A of each process, all of the same size. Raises UserError with the numbers."""
+    """Global batch -> number of equal micro-batches of each process. Raises UserError with the numbers."""
     if batch_size % world:
         raise UserError(f"--batch-size {batch_size} cannot be shared out equally among {world} processes")
     share = batch_size // world
     if share % min(micro_batch or share, share):
-        raise UserError(f"--micro-batch {micro_batch}: expected a divisor of {share} (= {batch_size} images / {world} processes)")
+        raise UserError(f"--micro-batch {micro_batch}: expected a divisor of {share} "
+                        f"({batch_size} images / {world} processes)")
     return share // min(micro_batch or share, share)
 
 
@@ -155,8 +157,8 @@ def make_optimizer(model, lr, weight_decay, device):
     groups = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == matrix] for matrix in (True, False)]
     print_main(f"weight decay {weight_decay} on {sum(p.numel() for p in groups[0]):,} numbers, none on "
                f"{sum(p.numel() for p in groups[1]):,}")
-    return torch.optim.AdamW([{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
-                             lr=lr, betas=(0.9, 0.98), fused=device.type != "mps")
+    groups = [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=device.type != "mps")
 
 
 def print_main(*words):
@@ -182,27 +184,27 @@ def evaluate(model, batches, device, autocast, world):
     """Validation on all processes, with fixed times and masks -> dict of plain numbers.
 
     val_loss   the training objective in nats a token
-    control    the same with each image exchanged for another one of the set; gain = control - val_loss says how much the
-               words depend on the image, gain_se is its standard error over captions
+    control    the same with each image exchanged for another one of the set; gain = control - val_loss says how
+               much the words depend on the image, gain_se is its standard error over captions
     by_ratio   mean -log p of a masked token (unweighted) by masking ratio, in tenths; None where there was none
     """
     model.eval()
-    sums, bins = torch.zeros(6, dtype=torch.float64, device=device), torch.zeros(2, BINS, dtype=torch.float64, device=device)
+    zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
+    sums, bins = zeros(6), zeros(2, BINS)
     for batch in batches:
         batch = to_device(batch, device)
         B, T = batch["mask"].shape
         caption, length = batch["where"] // T, batch["valid"].sum(1).double()
         with autocast:
             features = model.encode(batch["images"])
-            losses = [diffusion.cross_entropy(model.decoder(model.decoder.read(f), batch["tokens"], batch["mask"], batch["valid"],
-                                              batch["rows"], batch["where"]), batch["targets"]).double()
+            words = [batch[name] for name in ("tokens", "mask", "valid", "rows", "where")]
+            losses = [diffusion.cross_entropy(model.decoder(model.decoder.read(f), *words), batch["targets"]).double()
                       for f in (features, features.roll(1, 0))]
-        real, control = (torch.zeros(B, dtype=torch.float64, device=device).index_add(0, caption, loss * batch["weight"])
-                         for loss in losses)
+        real, control = (zeros(B).index_add(0, caption, loss * batch["weight"]) for loss in losses)
         gain = control - real
-        sums += torch.stack([length.sum(), real.sum(), gain.sum(), (gain * gain).sum(), (gain * length).sum(), (length * length).sum()])
+        sums += torch.stack([length, real, gain, gain * gain, gain * length, length * length]).sum(1)
         bin_of = (batch["t"][caption] * BINS).long().clamp(max=BINS - 1)
-        bins += torch.stack([torch.zeros_like(bins[0]).index_add(0, bin_of, x) for x in (losses[0], torch.ones_like(losses[0]))])
+        bins += torch.stack([zeros(BINS).index_add(0, bin_of, x) for x in (losses[0], torch.ones_like(losses[0]))])
     model.train()
     tokens, real, gain, gain2, gain_length, length2 = add_up(sums, world).tolist()
     ratio = gain / tokens                                         # standard error of a ratio of two sums over captions
@@ -236,11 +238,11 @@ def find_checkpoint(args):
                 raise UserError(f"{path} cannot be read ({type(problem).__name__}): start over with --fresh") from None
             print_main(f"{path} cannot be read ({type(problem).__name__}); trying {found[-1]}")
             continue
-        changed = [f"--{name.replace('_', '-')} was {options.get(name)}, now {value}" for name, value in vars(args).items()
-                   if name not in MAY_CHANGE and options.get(name) != value]
+        changed = [f"--{name.replace('_', '-')} was {options.get(name)}, now {value}"
+                   for name, value in vars(args).items() if name not in MAY_CHANGE and options.get(name) != value]
         if changed:
-            raise UserError(f"{path} is a run with other options ({'; '.join(changed)}): repeat its options, or use --fresh "
-                            "or another --out")
+            raise UserError(f"{path} is a run with other options ({'; '.join(changed)}): repeat its options, or use "
+                            "--fresh or another --out")
         print_main(f"continuing {path} at step {checkpoint['step']:,}")
         return checkpoint
     return None
@@ -301,8 +303,8 @@ def main():
     for shards in (train, val):
         again = f"prepare them again: python data.py --dataset {args.dataset} --fresh"
         if shards.meta["tokenizer"]["name"] != args.tokenizer or shards.meta["tokenizer"] != train.meta["tokenizer"]:
-            raise UserError(f"{shards.folder} was tokenized by {shards.meta['tokenizer']['name']}, not as the training split "
-                            f"and --tokenizer {args.tokenizer} want; {again} --tokenizer {args.tokenizer}")
+            raise UserError(f"{shards.folder} was tokenized by {shards.meta['tokenizer']['name']}, not as the training "
+                            f"split and --tokenizer {args.tokenizer} want; {again} --tokenizer {args.tokenizer}")
         if shards.meta["image_size"] < args.image_size:
             raise UserError(f"{shards.folder} was made for images of {shards.meta['image_size']} px, --image-size is "
                             f"{args.image_size}; {again} --image-size {args.image_size}")
@@ -312,8 +314,9 @@ def main():
     for length, count in train.lengths.items():
         lengths[min(length, args.max_tokens)] = lengths.get(min(length, args.max_tokens), 0) + count
     mean_length = sum(n * count for n, count in lengths.items()) / sum(lengths.values())
-    print_main(f"{len(train):,} training images, {len(val):,} for validation; captions of {mean_length:.1f} tokens on average; "
-               f"{args.steps:,} steps of {args.batch_size} images = {args.steps * args.batch_size / len(train):.1f} epochs")
+    epochs = args.steps * args.batch_size / len(train)
+    print_main(f"{len(train):,} training images, {len(val):,} for validation; captions of {mean_length:.1f} tokens on "
+               f"average; {args.steps:,} steps of {args.batch_size} images = {epochs:.1f} epochs")
 
     # model
     config = Config(args.model, args.image_size, train.tokenizer.n_vocab, args.max_tokens, args.positions)
@@ -330,33 +333,36 @@ def main():
     elif args.init:
         start, spec = load_captioner(args.init)
         if spec["tokenizer"] != train.meta["tokenizer"] or start.config.size != args.model:
-            raise UserError(f"--init {args.init} is a {start.config.size} with tokenizer {spec['tokenizer']['name']}, this run "
-                            f"a {args.model} with {args.tokenizer}: they have to be the same")
+            raise UserError(f"--init {args.init} is a {start.config.size} with tokenizer {spec['tokenizer']['name']}, "
+                            f"this run a {args.model} with {args.tokenizer}: they have to be the same")
         weights, rows = start.state_dict(), min(args.max_tokens, start.config.max_tokens)
-        weights["decoder.positions"] = torch.cat([weights["decoder.positions"][:rows], model.decoder.positions.detach()[rows:]])
+        positions = weights["decoder.positions"][:rows], model.decoder.positions.detach()[rows:]
+        weights["decoder.positions"] = torch.cat(positions)
         if weights["encoder.pos_embed"].shape != model.encoder.pos_embed.shape:
             raise UserError(f"--init {args.init} has images of {start.config.image_size} px: use --image-size "
                             f"{start.config.image_size}")
         model.load_state_dict(weights)
     model.to(device)
-    print_main(f"{args.model}: encoder {sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f} M parameters, decoder "
-               f"{sum(p.numel() for p in model.decoder.parameters()) / 1e6:.1f} M")
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.decoder)]
+    print_main(f"{args.model}: encoder {sizes[0]:.1f} M parameters, decoder {sizes[1]:.1f} M")
     optimizer = make_optimizer(model, args.lr, args.weight_decay, device)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     use_compile = args.compile == "on" or (args.compile == "auto" and device.type == "cuda" and sys.platform != "win32")
-    step_model = torch.compile(wrapped) if use_compile else wrapped    # a second handle: `model` is what is saved and sampled
+    step_model = torch.compile(wrapped) if use_compile else wrapped    # for training; `model` is saved and sampled
     print_main(f"torch.compile {'on' if use_compile else 'off'} (--compile {args.compile})")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     # batches: everything random about them is decided in the loader, by (seed, step, place in the global batch)
     view = functools.partial(diffusion.training_batch, t_min=args.t_min)
-    same = {"image_size": args.image_size, "max_tokens": args.max_tokens, "seed": args.seed, "rank": rank, "world": world}
-    batches = Batches(train, args.batch_size, crop_scale=args.crop_scale, flip=args.flip, accumulation=accumulation, **same,
-                      transform=functools.partial(view, batch_size=args.batch_size, tokens_in_batch=args.batch_size * mean_length))
+    same = {name: getattr(args, name) for name in ("image_size", "max_tokens", "seed")} | {"rank": rank, "world": world}
+    corrupt = functools.partial(view, batch_size=args.batch_size, tokens_in_batch=args.batch_size * mean_length)
+    batches = Batches(train, args.batch_size, crop_scale=args.crop_scale, flip=args.flip, accumulation=accumulation,
+                      transform=corrupt, **same)
     eval_size = min(EVAL_BATCH, len(val))
-    checks = Batches(val, eval_size, augment=False, transform=functools.partial(view, batch_size=eval_size, tokens_in_batch=1.0), **same)
+    corrupt = functools.partial(view, batch_size=eval_size, tokens_in_batch=1.0)
+    checks = Batches(val, eval_size, augment=False, transform=corrupt, **same)
     cuda = device.type == "cuda"
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = args.workers if args.workers is not None else max(1, min(16, cores)) if cuda else 0
@@ -369,10 +375,10 @@ def main():
     # loop
     out.mkdir(parents=True, exist_ok=True)
     log_file = out / "log.jsonl"
-    records = [json.loads(line) for line in log_file.read_text().splitlines()] if checkpoint and log_file.exists() else []
+    kept = log_file.read_text().splitlines() if checkpoint and log_file.exists() else []
     if rank == 0:
         (out / "final.json").unlink(missing_ok=True)
-        log_file.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= first))
+        log_file.write_text("".join(f"{line}\n" for line in kept if json.loads(line)["step"] <= first))
 
     def log(record):
         if rank == 0:
@@ -380,10 +386,12 @@ def main():
                 file.write(json.dumps(record) + "\n")
 
     def validate(step):
-        figures = evaluate(model, loader(checks, sampler=range(min(EVAL_BATCHES, len(val) // eval_size))), device, autocast, world)
+        numbers = range(min(EVAL_BATCHES, len(val) // eval_size))
+        figures = evaluate(model, loader(checks, sampler=numbers), device, autocast, world)
         log({"step": step, "event": "eval"} | figures)
-        print_main(f"step {step:6,}  validation loss {figures['val_loss']:.4f}, with exchanged images {figures['control']:.4f}: the "
-                   f"image is worth {figures['gain']:.3f} ± {figures['gain_se']:.3f} nats a token")
+        print_main(f"step {step:6,}  validation loss {figures['val_loss']:.4f}, with exchanged images "
+                   f"{figures['control']:.4f}: the image is worth {figures['gain']:.3f} "
+                   f"± {figures['gain_se']:.3f} nats a token")
         return figures
 
     total, waited, since, since_step, begun = torch.zeros((), device=device), 0.0, time.time(), first, time.time()
@@ -399,31 +407,35 @@ def main():
             last = micro == accumulation - 1
             with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
                 with autocast:
-                    logits = step_model(*(batch[name] for name in ("images", "tokens", "mask", "valid", "rows", "where")))
+                    inputs = (batch[name] for name in ("images", "tokens", "mask", "valid", "rows", "where"))
+                    logits = step_model(*inputs)
                 loss = (diffusion.cross_entropy(logits, batch["targets"]) * batch["weight"]).sum()
-                (loss * world).backward()                             # DDP takes the mean over processes, we want the sum
+                (loss * world).backward()                         # DDP takes the mean over processes, we want the sum
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
-        if done % args.log_every == 0 or done == args.steps:
+        save = done % args.save_every == 0 or done == args.steps
+        if done % args.log_every == 0 or save:                    # before a save, so that no broken state is saved
             steps = done - since_step
             loss, elapsed = float(add_up(total, world)) / steps, time.time() - since
             if not math.isfinite(loss):
-                raise UserError(f"the loss became {loss} before step {done}; the last checkpoint in {out} is from before: "
-                                "try a smaller --lr with --fresh")
+                raise UserError(f"the loss became {loss} before step {done}; the checkpoint in {out} is from before "
+                                "that: try a smaller --lr with --fresh")
             record = {"step": done, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
                       "images_per_s": steps * args.batch_size / elapsed, "data_wait": waited / elapsed}
             log(record)
             eta = (time.time() - begun) / (done - first) * (args.steps - done)
-            print_main(f"step {done:6,}/{args.steps:,}  loss {loss:7.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:6.3f}  "
-                       f"{record['images_per_s']:7.1f} img/s  wait {record['data_wait']:5.1%}  left {eta / 60:5.1f} min")
+            print_main(f"step {done:6,}/{args.steps:,}  loss {loss:7.4f}  lr {record['lr']:.2e}  "
+                       f"grad {record['grad_norm']:6.3f}  {record['images_per_s']:7.1f} img/s  "
+                       f"wait {record['data_wait']:5.1%}  left {eta / 60:5.1f} min")
             total, waited, since, since_step = torch.zeros_like(total), 0.0, time.time(), done
-        if (done % args.save_every == 0 or done == args.steps) and rank == 0:
+        if save and rank == 0:
             save_checkpoint(out / "ckpt.pt", {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "config": config.to_dict(),
-                "options": vars(args), "tokenizer": train.meta["tokenizer"], "lengths": lengths})
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+                "config": config.to_dict(), "options": vars(args), "lengths": lengths,
+                "tokenizer": train.meta["tokenizer"]})
         if args.eval_every and done % args.eval_every == 0 and done < args.steps and len(val):
             paused = time.time()
             validate(done)
@@ -447,8 +459,8 @@ def main():
 def print_end(record, args):
     """What was reached, and the commands to type next."""
     if "val_loss" in record:
-        print_main(f"\nvalidation loss {record['val_loss']:.4f} nats a token; with exchanged images {record['gain']:.3f} more "
-                   f"(standard error {record['gain_se']:.3f})")
+        print_main(f"\nvalidation loss {record['val_loss']:.4f} nats a token; with exchanged images "
+                   f"{record['gain']:.3f} more (standard error {record['gain_se']:.3f})")
     if "exact" in record:
         print_main(f"{record['exact']:.1%} of the held-out captions are exactly right, every word of them")
     print_main(f"{record['minutes']:.1f} minutes; captions of validation images in {args.out}/samples.png\nnext:")
@@ -457,7 +469,8 @@ def print_end(record, args):
     if args.dataset == "shapes":
         print_main(f"  python probe.py {what} --dataset shapes")
     else:
-        print_main(f"  python sample.py {what} photo.jpg\n  python probe.py {what} --dataset cifar10 --source raw/cifar10")
+        print_main(f"  python sample.py {what} photo.jpg")
+        print_main(f"  python probe.py {what} --dataset cifar10 --source raw/cifar10")
 
 
 if __name__ == "__main__":

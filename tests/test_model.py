@@ -1,0 +1,148 @@
+"""model.py: what the decoder may see, and that the encoder is timm's."""
+
+import math
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import diffusion
+from model import SIZES, Captioner, Config, attend
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = Captioner(Config("tiny", 16, 50, 12)).eval()
+    torch.nn.init.normal_(model.decoder.head.weight)
+    return model
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([7, 3, 5])
+    valid = torch.arange(8) < lengths[:, None]
+    return {
+        "images": torch.randint(256, (3, 16, 16, 3), dtype=torch.uint8, generator=generator),
+        "tokens": torch.randint(50, (3, 8), generator=generator),
+        "valid": valid,
+        "mask": (torch.rand(3, 8, generator=generator) < 0.5) & valid,
+    }
+
+
+def test_pads_change_nothing(model, batch):
+    logits = model(**batch)
+    for row, length in enumerate(batch["valid"].sum(1)):
+        alone = model(
+            **{
+                name: value[row : row + 1] if name == "images" else value[row : row + 1, :length]
+                for name, value in batch.items()
+            }
+        )
+        torch.testing.assert_close(logits[row, :length], alone[0], atol=1e-4, rtol=0)
+    other = batch | {"tokens": torch.where(batch["valid"], batch["tokens"], 49 - batch["tokens"])}
+    assert torch.equal(model(**other), logits)
+
+
+def test_flat_positions_are_the_padded_ones(model, batch):
+    where = batch["mask"].flatten().nonzero().squeeze(1)
+    rows = batch["valid"].flatten().nonzero().squeeze(1)
+    torch.testing.assert_close(model(**batch, rows=rows, where=where), model(**batch).flatten(0, 1)[where])
+
+
+def test_the_mask_hides_its_token_and_nothing_else_does(model, batch):
+    changed = batch | {"tokens": torch.where(batch["mask"], 49 - batch["tokens"], batch["tokens"])}
+    assert torch.equal(model(**changed), model(**batch)), "a masked token leaks into the logits"
+    shown = batch | {"mask": torch.zeros_like(batch["mask"])}
+    assert not torch.allclose(model(**shown), model(**batch))
+    assert model(**batch).shape[-1] == 50, "[MASK] has an output column"
+
+
+def test_the_causal_decoder_does_not_look_ahead(model, batch):
+    logits = model(**batch, causal=True)
+    batch["tokens"][:, 4] = (batch["tokens"][:, 4] + 1) % 50
+    batch["mask"][:, 4] = False
+    later = model(**batch, causal=True)
+    assert torch.equal(later[:, :4], logits[:, :4]) and not torch.allclose(later[0, 4:7], logits[0, 4:7])
+
+
+def test_image_read_once_is_the_image_read_every_time(model, batch):
+    kv = model.decoder.read(model.encode(batch["images"]))
+    for _ in range(2):
+        assert torch.equal(model.decoder(kv, batch["tokens"], batch["mask"], batch["valid"]), model(**batch))
+    assert not torch.allclose(model(**batch | {"images": batch["images"].flip(0)}), model(**batch)), (
+        "the image does not matter"
+    )
+
+
+def test_attention_by_hand_is_attention():
+    q, k, v = torch.randn(3, 2, 2, 5, 8).unbind(0)
+    bias = torch.zeros(2, 1, 1, 5).masked_fill(torch.tensor([False, False, True, False, True]), -torch.inf)
+    torch.testing.assert_close(attend(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, bias))
+
+
+def test_first_loss_is_log_vocabulary(batch):
+    model = Captioner(Config("tiny", 16, 50, 12))
+    where = batch["mask"].flatten().nonzero().squeeze(1)
+    loss = diffusion.cross_entropy(model(**batch, where=where), batch["tokens"].flatten()[where])
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(50)))
+
+
+def test_a_batch_without_masked_words_trains_nothing_but_breaks_nothing(batch):
+    model = Captioner(Config("tiny", 16, 50, 12))
+    none = torch.zeros(0, dtype=torch.long)
+    logits = model(**batch | {"mask": torch.zeros_like(batch["mask"])}, where=none)
+    diffusion.cross_entropy(logits, none).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(size):
+    with torch.device("meta"):
+        model = Captioner(Config(size, 224, 1000, 64))
+    assert len(model.decoder.blocks) * 2 == len(model.encoder.blocks)
+
+
+def test_timm_takes_the_encoder(monkeypatch):
+    class StubClass(type):
+        def __getattr__(cls, name):
+            return name
+
+    class Stub(types.ModuleType):  # timm imports torchvision, which the CPU build of torch has none of
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return StubClass(name, (), {}) if name[0].isupper() else Stub(name)
+
+        def __call__(self, *args, **kwargs):
+            return self
+
+    for name in (
+        "",
+        ".transforms",
+        ".transforms.functional",
+        ".ops",
+        ".ops.misc",
+        ".datasets",
+        ".models",
+        ".models.feature_extraction",
+        ".transforms.v2",
+    ):
+        monkeypatch.setitem(sys.modules, f"torchvision{name}", Stub(f"torchvision{name}"))
+    try:
+        import timm
+    except ImportError as problem:
+        pytest.skip(f"no timm here ({problem}); pip install --no-deps timm")
+    torch.manual_seed(0)
+    ours = Captioner(Config("B/16", 224, 100, 16)).encoder.eval()
+    theirs = timm.create_model(
+        "vit_base_patch16_224", class_token=False, global_pool="avg", fc_norm=False, num_classes=0
+    ).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.rand(2, 3, 224, 224) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs.forward_features(images), atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(images).mean(1), theirs(images), atol=1e-4, rtol=0)

@@ -1,0 +1,254 @@
+"""The scripts as a user runs them, on the smallest data set there is."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import train
+from data import UserError
+from sample import load_captioner
+
+TINY = (
+    "--dataset",
+    "shapes",
+    "--image-size",
+    16,
+    "--dtype",
+    "float32",
+    "--batch-size",
+    8,
+    "--lr",
+    1e-3,
+    "--warmup",
+    2,
+    "--device",
+    "cpu",
+    "--log-every",
+    1,
+    "--eval-every",
+    0,
+)
+
+
+def losses(out):
+    return [
+        record["loss"]
+        for record in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        if "event" not in record
+    ]
+
+
+def weights(out):
+    return torch.load(out / "ckpt.pt", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def finished(shapes, tmp_path_factory):
+    """A run of six steps, its folder and its output."""
+    import subprocess
+    import sys
+    from conftest import ROOT
+
+    out = tmp_path_factory.mktemp("out") / "run"
+    command = [
+        sys.executable,
+        "train.py",
+        *map(str, TINY),
+        "--data-dir",
+        str(shapes),
+        "--out",
+        str(out),
+        "--steps",
+        "6",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return out, done.stdout
+
+
+def test_a_run_tells_and_leaves_what_it_promises(finished):
+    out, said = finished
+    for words in (
+        "float32",
+        "preset shapes",
+        "masked at t =",
+        "caption ",
+        "step      6/6",
+        "exactly right",
+        "next:",
+        "python probe.py",
+    ):
+        assert words in said
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert (
+        last["event"] == "final" and 0 <= last["exact"] <= 1 and math.isfinite(last["val_loss"]) and last["gain_se"] > 0
+    )
+    assert (out / "samples.png").stat().st_size > 1000
+    assert losses(out)[0] == pytest.approx(math.log(load_captioner(out / "ckpt.pt")[0].config.vocab_size), rel=0.15)
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped(finished, shapes, tmp_path, script):
+    out = tmp_path / "run"
+    command = ("train.py", *TINY, "--data-dir", shapes, "--out", out, "--steps", 6, "--save-every", 2)
+    stop = (
+        "-c",
+        "import sys, train; save = train.save_checkpoint\n"
+        "def kill(path, checkpoint):\n    save(path, checkpoint)\n    if checkpoint['step'] == 4: sys.exit(9)\n"
+        "train.save_checkpoint = kill; sys.argv = sys.argv[1:]; train.main()",
+    )
+    script(*command, launch=stop, expect=9)
+    (out / "ckpt.pt").write_bytes(b"cut short while it was written")
+    assert "trying" in (said := script(*command).stdout) and "at step 2" in said
+    assert all(torch.equal(value, weights(out)[name]) for name, value in weights(finished[0]).items())
+    assert losses(out) == losses(finished[0])
+
+
+def test_the_same_command_again_says_that_the_run_is_finished(finished, shapes, script):
+    before = weights(finished[0])
+    done = script("train.py", *TINY, "--data-dir", shapes, "--out", finished[0], "--steps", 6, "--workers", 1)
+    assert "finished" in done.stdout and "next:" in done.stdout
+    assert all(torch.equal(value, weights(finished[0])[name]) for name, value in before.items())
+    done = script("train.py", *TINY, "--data-dir", shapes, "--out", finished[0], "--steps", 6, "--seed", 1, expect=2)
+    assert "--seed was 0, now 1" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["two processes", "micro-batches"])
+def test_the_loss_is_a_matter_of_the_global_batch_only(how, finished, shapes, tmp_path, script):
+    launch = (
+        ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511") if how == "two processes" else ()
+    )
+    extra = ("--micro-batch", 2)
+    script("train.py", *TINY, "--data-dir", shapes, "--out", tmp_path / "run", "--steps", 6, *extra, launch=launch)
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(finished[0]), atol=1e-5, rtol=0)
+
+
+def test_one_batch_overfits(shapes):
+    import diffusion
+    from data import Batches, open_split
+    from model import Captioner, Config
+
+    split = open_split(shapes, "shapes", "train")
+    torch.manual_seed(0)
+    model = Captioner(Config("tiny", 16, split.tokenizer.n_vocab, 16))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batch = Batches(split, 4, 16, 16, 0)[0]
+    for step in range(400):
+        batch["noise"], batch["u"] = torch.rand(4, 16, generator=torch.Generator().manual_seed(step)), step * 0.618 % 1
+        view = diffusion.training_batch(batch, 4, 52.0)
+        logits = model(*(view[name] for name in ("images", "tokens", "mask", "valid", "rows", "where")))
+        loss = (diffusion.cross_entropy(logits, view["targets"]) * view["weight"]).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.05
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    assert train.get_lr(0, 1.0, 10, 100) == 0.1 and train.get_lr(9, 1.0, 10, 100) == 1.0 == train.get_lr(
+        10, 1.0, 10, 100
+    )
+    assert train.get_lr(55, 1.0, 10, 100) == pytest.approx(0.5) and train.get_lr(100, 1.0, 10, 100) == pytest.approx(0)
+    assert train.get_lr(0, 1.0, 0, 100) == 1.0
+
+
+def test_the_batch_is_split_exactly_or_refused_with_the_numbers():
+    assert train.split_batch(64, 2, None) == 1 and train.split_batch(64, 2, 8) == 4 and train.split_batch(8, 1, 64) == 1
+    with pytest.raises(UserError, match="64.*3"):
+        train.split_batch(64, 3, None)
+    with pytest.raises(UserError, match="divisor of 32"):
+        train.split_batch(64, 2, 5)
+
+
+def test_every_preset_is_complete():
+    for name in (*train.PRESETS, "anything"):
+        args, preset = train.parse_args(["--dataset", name])
+        assert all(getattr(args, key) == value for key, value in preset.items()) and bool(args.steps) != bool(
+            args.epochs
+        )
+    args, _ = train.parse_args(["--epochs", "2"])
+    assert args.steps is None and args.epochs == 2
+
+
+def test_fine_tuning_starts_from_the_weights(finished, shapes, tmp_path, script):
+    script(
+        "train.py",
+        *TINY,
+        "--data-dir",
+        shapes,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        "--lr",
+        0,
+        "--init",
+        finished[0] / "ckpt.pt",
+        "--max-tokens",
+        20,
+        "--t-min",
+        0,
+    )
+    tuned = weights(tmp_path / "run")
+    assert all(
+        torch.equal(value, tuned[name]) for name, value in weights(finished[0]).items() if name != "decoder.positions"
+    )
+    assert torch.equal(tuned["decoder.positions"][:16], weights(finished[0])["decoder.positions"])
+
+
+def test_captions_from_files_and_shards(finished, shapes, tmp_path, script):
+    from data import draw_shapes
+
+    draw_shapes(1, 40)[0].save(tmp_path / "a b.png")
+    draw_shapes(2, 40)[0].save(tmp_path / "c.jpg")
+    ckpt = ("--ckpt", finished[0] / "ckpt.pt")
+    lines = script(
+        "sample.py", *ckpt, tmp_path, "--trace", "--length", 5, "--sheet", tmp_path / "sheet.png"
+    ).stdout.splitlines()
+    assert len(lines) == 2 * 6 and lines[0].endswith("0  _ _ _ _ _") and (tmp_path / "sheet.png").exists()
+    one = script(
+        "sample.py", *ckpt, "--dataset", "shapes", "--data-dir", shapes, "--count", 5, "--batch-size", 2
+    ).stdout
+    two = script("sample.py", *ckpt, "--dataset", "shapes", "--data-dir", shapes, "--count", 5).stdout
+    assert one == two and len(one.splitlines()) == 5
+
+
+def test_probe_reports_the_floor(finished, shapes, script):
+    said = script(
+        "probe.py", "--ckpt", finished[0] / "ckpt.pt", "--dataset", "shapes", "--data-dir", shapes, "--limit", 60
+    ).stdout
+    assert "random init" in said and "background" in said
+    record = json.loads((finished[0] / "probe.jsonl").read_text())
+    assert set(record["results"]["shape"]) == {"trained", "random"}
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (("train.py", "--dataset", "nothing"), "python data.py --dataset nothing"),
+        (("train.py", "--batch-size", 0), "--batch-size 0"),
+        (("sample.py", "--ckpt", "nowhere.pt", "x.jpg"), "no checkpoint at nowhere.pt"),
+        (("sample.py", "--ckpt", "README.md", "x.jpg"), "not a checkpoint"),
+        (("probe.py", "--ckpt", "nowhere.pt", "--dataset", "shapes"), "no checkpoint"),
+        (("data.py", "--dataset", "x", "--source", "nowhere/*.tar"), "nowhere/*.tar"),
+        (("data.py", "--dataset", "x"), "--source"),
+    ],
+)
+def test_a_mistake_gets_one_line(command, words, script, tmp_path):
+    where = ("--data-dir", tmp_path) if command[0] != "sample.py" else ()
+    if command[0] == "train.py":
+        where += ("--out", tmp_path / "out")
+    done = script(*command, *where, expect=2)
+    assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, script):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"model": Evil()}))
+    assert "not a checkpoint" in script("sample.py", "--ckpt", tmp_path / "evil.pt", "x.jpg", expect=2).stderr
+    assert not (tmp_path / "pwned").exists()
