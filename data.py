@@ -68,10 +68,12 @@ class BadSample(Exception):
 
 
 def run(main):
-    """Call a script's main(). A UserError becomes one line and status 2; a bug keeps its traceback."""
+    """Call a script's main(). UserErrors and unusable files become one line and status 2; bugs keep their traceback."""
     try:
         main()
-    except UserError as problem:
+    except (UserError, OSError) as problem:
+        if isinstance(problem, OSError) and problem.filename is None:
+            raise
         sys.stderr.write(f"error: {problem}\n")
         sys.exit(2)
 
@@ -238,18 +240,18 @@ def find_units(dataset, split, source, captions):
 
 def read_caption_table(path):
     """COCO's captions_*.json, a CSV `image,caption` or Flickr's lines `image#0<TAB>caption` -> {image: [captions]}."""
-    table = {}
+    table, name_of_table = {}, Path(path).name
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="") as file:
-            if ".json" in path:
+            if ".json" in name_of_table:
                 coco = json.load(file)
                 names = {image["id"]: image["file_name"] for image in coco["images"]}
                 notes = sorted(coco["annotations"], key=lambda note: note["id"])
                 rows = [(names[note["image_id"]], note["caption"]) for note in notes]
-            elif "token" in path:
-                rows = [line.rstrip().split("\t") for line in file]
+            elif "token" in name_of_table:
+                rows = [line.rstrip().split("\t") for line in file if line.strip()]
             else:
-                rows = list(csv.reader(file, skipinitialspace=True))[1:]
+                rows = [row for row in csv.reader(file, skipinitialspace=True) if row][1:]
         for name, caption in rows:
             table.setdefault(name.partition("#")[0], []).append(caption)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as problem:
@@ -438,9 +440,9 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, caption
                                 "--data-dir") from None
             print(f"another process is making {folder}: waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for path in folder.glob("*.*") if fresh else []:
-            path.unlink()
         units = find_units(dataset, split, source, captions)
+        for path in [*folder.glob("*.json*"), *folder.glob("*.shard*")] if fresh else []:
+            path.unlink()
         plan = {"format": FORMAT, "image_size": image_size, "caption_key": caption_key,
                 "stored_side": image_size if dataset == "shapes" else round(image_size * 8 / 7),
                 "encoding": encoding or ("raw" if image_size <= 64 else "jpeg"),
@@ -664,7 +666,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", required=True, help="any name; shards go to DATA_DIR/DATASET/SPLIT. `shapes` is drawn here")
-    add("--split", default="train", help="train or val (default: train); prepare train first")
+    add("--split", choices=("train", "val"), default="train", help="default: train, which comes first; val is optional")
     add("--source", nargs="+", metavar="PATH", help="tars, folders or patterns; with --captions the images' folder")
     add("--captions", metavar="FILE", help="caption table: COCO's captions_*.json, a CSV headed `image,caption`, or "
         "Flickr's *.token.txt; images that it does not name are left out")
@@ -679,6 +681,11 @@ def main():
     add("--workers", type=int, metavar="N", help="processes (default: one a core)")
     add("--fresh", action="store_true", help="remove the split's shards and start over")
     args = parser.parse_args()
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.dataset):
+        raise UserError(f"--dataset {args.dataset}: expected a name of letters, digits, dots and dashes")
+    for name in ("image_size", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     preset = PRESETS.get(args.dataset, {})
     options = vars(args) | {"image_size": args.image_size or preset.get("image_size", 224),
                             "tokenizer": args.tokenizer or preset.get("tokenizer", "gpt2")}

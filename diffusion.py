@@ -52,8 +52,8 @@ def training_batch(batch, batch_size, tokens_in_batch, t_min=0.5, t_max=1.0):
     """The forward process on a batch of data.Batches (runs in its workers): what the model is given and must answer.
 
     Adds t [B], mask [B,T], rows [M] and where [K] (flat positions of the real and of the masked tokens), targets [K]
-    and weight [K] = weight(t) / tokens_in_batch. `tokens_in_batch` is the *expected* number of tokens of the global
-    batch, a constant of the data set, and never the count of masked tokens, which would cancel the 1/t. So the loss of
+    and weight [K] = weight(t) / tokens_in_batch. `tokens_in_batch` is what as many captions have on average,
+    a constant of the data set, and never the count of masked tokens, which would cancel the 1/t. So the loss of
     a batch is the sum of the losses of its parts, whatever the accumulation or the number of processes.
     """
     t = stratified_times(batch["u"], batch["index"], batch_size, t_min, t_max)

@@ -7,7 +7,7 @@ Masked diffusion captioning needs no new architecture. It is the encoder-decoder
 paper adds is in diffusion.py. Three things here are worth a look:
 
   * `[MASK]` is an extra *input* embedding row and has no output column, so the model can never predict it.
-  * The decoder works on a flat stream of the real tokens of a batch; pads exist only inside self-attention.
+  * The decoder works on a flat stream of the real tokens of a batch; pads exist only inside attention.
   * Cross-attention keys and values are computed once an image (`TextDecoder.read`) and used at every step.
 
 Shape letters, used at line ends in all files:
@@ -171,7 +171,7 @@ class ViT(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ text decoder
 class Pack:
-    """Where the real tokens of a padded batch stand: pads never enter a linear layer, only self-attention sees [B,T].
+    """Where the real tokens of a padded batch stand: pads never enter a linear layer, only attention sees [B,T].
 
     valid [B,T] bool; rows [M] = flat positions b*T+i of the real tokens (found here unless the loader already did,
     which saves a CUDA host synchronisation).

@@ -30,7 +30,7 @@ from data import (IMAGE_TYPES, SHAPES_CAPTION, BadSample, UserError, crop_square
 from model import Captioner
 from sample import load_captioner
 
-STRENGTHS = np.logspace(-6, 5, 12)                    # of scikit-learn's inverse L2 strength C, as DINOv2's probe
+STRENGTHS = np.logspace(-6, 5, 12)                    # scikit-learn's inverse L2 strength C; DINOv2's range
 PIXEL_BATCH = 256
 
 
@@ -98,7 +98,7 @@ def fit_logistic(features, labels, classes, strength, start=None):
     n, D = features.shape
     weights = torch.zeros(D + 1, classes, dtype=torch.float64) if start is None else start.clone()
     weights.requires_grad_()
-    scale = 1 / (strength * n + 1)                    # keeps the loss near 1, so that one tolerance fits all strengths
+    scale = 1 / (strength * n + 1)                    # keeps the loss at most about 1 for every strength
     solver = torch.optim.LBFGS([weights], max_iter=1000, max_eval=2000, history_size=20, tolerance_grad=1e-6,
                                tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
@@ -156,6 +156,8 @@ def main():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
     add("--seed", type=int, default=0, help="of the random encoder and of the held-out tenth (default: 0)")
     args = parser.parse_args()
+    if args.limit < 20:
+        raise UserError(f"--limit {args.limit}: expected at least 20")
     model, checkpoint = load_captioner(args.ckpt, args.device)
     side = model.config.image_size
     if args.dataset == "shapes":
@@ -167,6 +169,8 @@ def main():
         tasks, test_tasks = {"class": labels}, {"class": test_labels}
     else:
         raise UserError(f"--source is missing: a folder with the training and test images of {args.dataset}")
+    if len(images) < 20:
+        raise UserError(f"{len(images)} training images: expected at least 20")
     torch.manual_seed(args.seed)
     random_model = Captioner(model.config).to(args.device).eval()
     features = {name: [compute_features(encoder, x, args.device) for x in (images, test_images)]

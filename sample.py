@@ -32,9 +32,11 @@ def load_captioner(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}; train one with: python train.py") from None
     except Exception as problem:                      # a pickle can break in any way
-        line = str(problem).strip().partition("\n")[0][:200]
-        raise UserError(f"{path} is not a checkpoint of train.py ({type(problem).__name__}: {line})") from None
-    return model.to(device).eval(), checkpoint
+        raise UserError(f"{path} is not a checkpoint of train.py ({type(problem).__name__})") from None
+    try:
+        return model.to(device).eval(), checkpoint
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device} cannot be used here; try --device cpu") from None
 
 
 def choose_lengths(histogram, count, length="typical", generator=None):
@@ -150,6 +152,10 @@ def main():
     for name in ("steps", "count", "batch_size"):
         if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    if args.temperature < 0 or not 0 <= args.seed < 1 << 63:
+        raise UserError("--temperature and --seed: expected 0 or more")
+    if args.sheet and Path(args.sheet).suffix.lower() not in (".png", ".jpg"):
+        raise UserError(f"--sheet {args.sheet}: expected a name that ends in .png")
     if bool(args.dataset) == bool(args.images):
         raise UserError("expected either images or --dataset, for example: python sample.py --ckpt FILE photo.jpg")
     side, generator = model.config.image_size, torch.Generator().manual_seed(args.seed)
@@ -158,6 +164,8 @@ def main():
         names = [shards.key(i) for i in range(min(len(shards), args.count or len(shards)))]
     else:
         names = find_images(args.images)[:args.count]
+    if not names:
+        raise UserError(f"{args.data_dir}/{args.dataset} has no images in split {args.split}; try --split train")
     sheet_images, sheet_texts = [], []
     for first in range(0, len(names), args.batch_size):
         images = []

@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--batch-size", type=int, metavar="B", help="images of a step over all processes")
     add("--micro-batch", type=int, metavar="B", help="images a process takes at a time; fewer need less memory, "
-        "with the same result (default: all of its share)")
+        "with the same result (default: at most 256)")
     add("--steps", type=int, metavar="N", help="length of the run; or give --epochs")
     add("--epochs", type=float, metavar="X", help="length of the run in passes over the images")
     add("--lr", type=float, help="peak learning rate of AdamW (betas 0.9, 0.98), cosine to 0")
@@ -98,13 +98,17 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     preset = PRESETS.get(args.dataset, PHOTOGRAPHS)
     for name, value in preset.items():
-        if getattr(args, name) is None and not (name in ("steps", "epochs") and (args.steps or args.epochs)):
+        if getattr(args, name) is None and not (
+                name in ("steps", "epochs") and (args.steps, args.epochs) != (None, None)):
             setattr(args, name, value)
     args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
-    for name, good in (("t_min", 0 <= args.t_min < 1), ("crop_scale", 0 < args.crop_scale <= 1),
-                       *((name, getattr(args, name) > 0) for name in ("batch_size", "log_every", "save_every"))):
-        if not good:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range; see train.py -h")
+    least = dict.fromkeys(("image_size", "batch_size", "micro_batch", "steps", "save_every", "log_every"), 1)
+    least |= dict.fromkeys(("workers", "warmup", "weight_decay", "seed", "lr", "clip", "eval_every", "t_min"), 0)
+    least |= {"max_tokens": 2, "epochs": 0}
+    for name, value in vars(args).items():
+        if (value is not None and name in least and not value >= least[name]) or (name == "epochs" and value == 0) or (
+                name == "t_min" and value >= 1) or (name == "crop_scale" and not 0 < value <= 1):
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; see train.py -h")
     return args, preset
 
 
@@ -142,14 +146,18 @@ def get_lr(step, peak, warmup, steps):
 
 
 def split_batch(batch_size, world, micro_batch):
-    """Global batch -> number of equal micro-batches of each process. Raises UserError with the numbers."""
+    """Global batch -> number of equal micro-batches of each process, by default of at most 256 images.
+
+    Raises UserError with the numbers if the images cannot be shared out equally.
+    """
     if batch_size % world:
         raise UserError(f"--batch-size {batch_size} cannot be shared out equally among {world} processes")
     share = batch_size // world
-    if share % min(micro_batch or share, share):
+    micro_batch = min(share, micro_batch or next(size for size in range(256, 0, -1) if share % size == 0))
+    if share % micro_batch:
         raise UserError(f"--micro-batch {micro_batch}: expected a divisor of {share} "
                         f"({batch_size} images / {world} processes)")
-    return share // min(micro_batch or share, share)
+    return share // micro_batch
 
 
 def make_optimizer(model, lr, weight_decay, device):
@@ -189,21 +197,22 @@ def evaluate(model, batches, device, autocast, world):
     by_ratio   mean -log p of a masked token (unweighted) by masking ratio, in tenths; None where there was none
     """
     model.eval()
-    zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
+    home = torch.device("cpu") if device.type == "mps" else device        # MPS has no float64
+    zeros = functools.partial(torch.zeros, dtype=torch.float64, device=home)
     sums, bins = zeros(6), zeros(2, BINS)
     for batch in batches:
         batch = to_device(batch, device)
         B, T = batch["mask"].shape
-        caption, length = batch["where"] // T, batch["valid"].sum(1).double()
+        caption, length = (batch["where"] // T).to(home), batch["valid"].sum(1).to(home).double()
         with autocast:
             features = model.encode(batch["images"])
             words = [batch[name] for name in ("tokens", "mask", "valid", "rows", "where")]
-            losses = [diffusion.cross_entropy(model.decoder(model.decoder.read(f), *words), batch["targets"]).double()
-                      for f in (features, features.roll(1, 0))]
-        real, control = (zeros(B).index_add(0, caption, loss * batch["weight"]) for loss in losses)
+            logits = (model.decoder(model.decoder.read(f), *words) for f in (features, features.roll(1, 0)))
+            losses = [diffusion.cross_entropy(x, batch["targets"]).to(home).double() for x in logits]
+        real, control = (zeros(B).index_add(0, caption, loss * batch["weight"].to(home)) for loss in losses)
         gain = control - real
         sums += torch.stack([length, real, gain, gain * gain, gain * length, length * length]).sum(1)
-        bin_of = (batch["t"][caption] * BINS).long().clamp(max=BINS - 1)
+        bin_of = (batch["t"].to(home)[caption] * BINS).long().clamp(max=BINS - 1)
         bins += torch.stack([zeros(BINS).index_add(0, bin_of, x) for x in (losses[0], torch.ones_like(losses[0]))])
     model.train()
     tokens, real, gain, gain2, gain_length, length2 = add_up(sums, world).tolist()
@@ -229,7 +238,10 @@ def find_checkpoint(args):
     if args.fresh:
         return None
     found = [Path(args.resume)] if args.resume else [Path(args.out) / name for name in ("ckpt.pt", "ckpt-previous.pt")]
-    for path in (path for path in found if path.exists() or args.resume):
+    if args.resume and not found[0].exists():
+        raise UserError(f"--resume {args.resume}: no such file")
+    found = [path for path in found if path.exists()]
+    for path in found:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             options = checkpoint["options"]
@@ -289,6 +301,7 @@ def main():
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
 
     # data
     print_main(f"nanoMDC: masked diffusion captioning on {args.dataset} -> {out}\n{reason}")
@@ -301,7 +314,8 @@ def main():
                 prepare("shapes", split, args.data_dir, image_size=args.image_size, tokenizer=args.tokenizer)
     train, val = (open_split(args.data_dir, args.dataset, split) for split in ("train", "val"))
     for shards in (train, val):
-        again = f"prepare them again: python data.py --dataset {args.dataset} --fresh"
+        again = (f"prepare it again: python data.py --dataset {args.dataset} --split {shards.folder.name} --source ... "
+                 "--fresh")
         if shards.meta["tokenizer"]["name"] != args.tokenizer or shards.meta["tokenizer"] != train.meta["tokenizer"]:
             raise UserError(f"{shards.folder} was tokenized by {shards.meta['tokenizer']['name']}, not as the training "
                             f"split and --tokenizer {args.tokenizer} want; {again} --tokenizer {args.tokenizer}")
@@ -328,6 +342,8 @@ def main():
         model = Captioner(config)
     except ValueError as problem:
         raise UserError(problem) from None
+    if checkpoint and checkpoint["tokenizer"] != train.meta["tokenizer"]:
+        raise UserError(f"{train.folder} was tokenized anew since {out} was trained: use --fresh, or another --out")
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     elif args.init:
@@ -360,7 +376,7 @@ def main():
     corrupt = functools.partial(view, batch_size=args.batch_size, tokens_in_batch=args.batch_size * mean_length)
     batches = Batches(train, args.batch_size, crop_scale=args.crop_scale, flip=args.flip, accumulation=accumulation,
                       transform=corrupt, **same)
-    eval_size = min(EVAL_BATCH, len(val))
+    eval_size = min(EVAL_BATCH, len(val)) if len(val) >= 2 * world else 0     # each process exchanges its own images
     corrupt = functools.partial(view, batch_size=eval_size, tokens_in_batch=1.0)
     checks = Batches(val, eval_size, augment=False, transform=corrupt, **same)
     cuda = device.type == "cuda"
@@ -373,12 +389,13 @@ def main():
         show_example(batches[0], train.tokenizer)
 
     # loop
-    out.mkdir(parents=True, exist_ok=True)
     log_file = out / "log.jsonl"
     kept = log_file.read_text().splitlines() if checkpoint and log_file.exists() else []
     if rank == 0:
-        (out / "final.json").unlink(missing_ok=True)
-        log_file.write_text("".join(f"{line}\n" for line in kept if json.loads(line)["step"] <= first))
+        for name in ("final.json",) if checkpoint else ("final.json", "ckpt.pt", "ckpt-previous.pt"):
+            (out / name).unlink(missing_ok=True)
+        kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= first]
+        log_file.write_text("".join(f"{line}\n" for line in kept))
 
     def log(record):
         if rank == 0:
@@ -386,7 +403,7 @@ def main():
                 file.write(json.dumps(record) + "\n")
 
     def validate(step):
-        numbers = range(min(EVAL_BATCHES, len(val) // eval_size))
+        numbers = range(min(EVAL_BATCHES, len(val) // eval_size))         # whole batches, the same number on all ranks
         figures = evaluate(model, loader(checks, sampler=numbers), device, autocast, world)
         log({"step": step, "event": "eval"} | figures)
         print_main(f"step {step:6,}  validation loss {figures['val_loss']:.4f}, with exchanged images "
@@ -420,9 +437,9 @@ def main():
         if done % args.log_every == 0 or save:                    # before a save, so that no broken state is saved
             steps = done - since_step
             loss, elapsed = float(add_up(total, world)) / steps, time.time() - since
-            if not math.isfinite(loss):
-                raise UserError(f"the loss became {loss} before step {done}; the checkpoint in {out} is from before "
-                                "that: try a smaller --lr with --fresh")
+            if not math.isfinite(loss + float(norm)):
+                raise UserError(f"the loss became {loss} and its gradient {float(norm)} before step {done}; the "
+                                f"checkpoint in {out} is from before that: try a smaller --lr with --fresh")
             record = {"step": done, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
                       "images_per_s": steps * args.batch_size / elapsed, "data_wait": waited / elapsed}
             log(record)
@@ -436,13 +453,13 @@ def main():
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
                 "config": config.to_dict(), "options": vars(args), "lengths": lengths,
                 "tokenizer": train.meta["tokenizer"]})
-        if args.eval_every and done % args.eval_every == 0 and done < args.steps and len(val):
+        if args.eval_every and done % args.eval_every == 0 and done < args.steps and eval_size:
             paused = time.time()
             validate(done)
             since, begun = since + time.time() - paused, begun + time.time() - paused
 
     # report
-    figures = validate(args.steps) if len(val) else {}
+    figures = validate(args.steps) if eval_size else {}
     if rank == 0:
         model.eval()
         figures |= report(model, val, args, lengths, out, device) if len(val) else {}

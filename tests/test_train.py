@@ -227,6 +227,12 @@ def test_probe_reports_the_floor(finished, shapes, script):
     [
         (("train.py", "--dataset", "nothing"), "python data.py --dataset nothing"),
         (("train.py", "--batch-size", 0), "--batch-size 0"),
+        (("train.py", "--steps", -1), "--steps -1"),
+        (("train.py", "--crop-scale", 1.5), "--crop-scale 1.5"),
+        (("train.py", "--seed", -1), "--seed -1"),
+        (("train.py", "--resume", "nope.pt"), "nope.pt: no such file"),
+        (("data.py", "--dataset", "../x", "--source", "README.md"), "--dataset ../x"),
+        (("data.py", "--dataset", "x", "--source", "README.md", "--image-size", -5), "--image-size -5"),
         (("sample.py", "--ckpt", "nowhere.pt", "x.jpg"), "no checkpoint at nowhere.pt"),
         (("sample.py", "--ckpt", "README.md", "x.jpg"), "not a checkpoint"),
         (("probe.py", "--ckpt", "nowhere.pt", "--dataset", "shapes"), "no checkpoint"),
