@@ -92,7 +92,7 @@ def show(tokenizer, tokens, mask):
     return "".join(words).strip()
 
 
-def contact_sheet(images, texts, path, columns=4, side=220):
+def contact_sheet(images, texts, path, columns=4, side=180):
     """Draw images [n,S,S,3] uint8 in a grid, each over its lines of text: texts is a list of [(line, colour), ...]."""
     font = ImageFont.load_default(15)
     wrapped = [[(part, colour) for line, colour in lines for part in textwrap.wrap(line, side // 8) or [""]]

@@ -101,6 +101,9 @@ def parse_args(argv=None):
         if getattr(args, name) is None and not (
                 name in ("steps", "epochs") and (args.steps, args.epochs) != (None, None)):
             setattr(args, name, value)
+    for name in ("resume", "init"):
+        if getattr(args, name) and not os.path.isfile(getattr(args, name)):
+            raise UserError(f"--{name} {getattr(args, name)}: no such file")
     args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
     least = dict.fromkeys(("image_size", "batch_size", "micro_batch", "steps", "save_every", "log_every"), 1)
     least |= dict.fromkeys(("workers", "warmup", "weight_decay", "seed", "lr", "clip", "eval_every", "t_min"), 0)
@@ -238,8 +241,6 @@ def find_checkpoint(args):
     if args.fresh:
         return None
     found = [Path(args.resume)] if args.resume else [Path(args.out) / name for name in ("ckpt.pt", "ckpt-previous.pt")]
-    if args.resume and not found[0].exists():
-        raise UserError(f"--resume {args.resume}: no such file")
     found = [path for path in found if path.exists()]
     for path in found:
         try:
@@ -283,8 +284,8 @@ def report(model, val, options, lengths, out, device):
         if number == 0:
             shapes = options.dataset == "shapes"
             texts = [[(a, "green" if a == b else "darkred") if shapes else (a, "black"), (f"given: {b}", "grey")]
-                     for a, b in zip(made[:16], given[:16], strict=True)]
-            contact_sheet(batch["images"][:16], texts, out / "samples.png")
+                     for a, b in zip(made[:12], given[:12], strict=True)]
+            contact_sheet(batch["images"][:12], texts, out / "samples.png")
     return {"exact": right / total} if options.dataset == "shapes" else {}
 
 
