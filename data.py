@@ -27,6 +27,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -76,6 +77,13 @@ def run(main):
             raise
         sys.stderr.write(f"error: {problem}\n")
         sys.exit(2)
+
+
+def check_least(args, **least):
+    """Raise UserError if an option is given and smaller than its least value."""
+    for name, low in least.items():
+        if getattr(args, name) is not None and not getattr(args, name) >= low:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers
@@ -212,10 +220,21 @@ def draw_shapes(seed, pixels):
 
 
 # ---------------------------------------------------------------------------------------------- sources
+def sample_of(name):
+    """File name -> (folder, name up to the first dot): the files that share it are one sample (WebDataset's rule)."""
+    folder, name = os.path.split(name)
+    return folder, name.partition(".")[0]
+
+
+def extension_of(name):
+    """File name -> what follows its last dot, in lower case."""
+    return name.rpartition(".")[2].lower()
+
+
 def find_units(dataset, split, source, captions):
     """What there is to read, one unit of work a shard: a list of JSON-ready lists.
 
-    ["shapes", first seed, count], ["tar", file, bytes], ["files", [names without extension]] or
+    ["shapes", first seed, count], ["tar", file, bytes], ["files", [name, ...]] or
     ["table", folder, [[image, [captions]], ...]]. Raises UserError if there is nothing.
     """
     if dataset == "shapes":
@@ -228,10 +247,11 @@ def find_units(dataset, split, source, captions):
     if captions:
         table = sorted(read_caption_table(captions).items())
         return [["table", found[0], table[i:i + UNIT_SAMPLES]] for i in range(0, len(table), UNIT_SAMPLES)]
-    files = [str(f) for path in found for f in ([path] if os.path.isfile(path) else sorted(Path(path).rglob("*")))]
-    stems = sorted({file.rpartition(".")[0] for file in files if file.lower().rpartition(".")[2] in MAX_BYTES})
-    units = [["tar", tar, os.path.getsize(tar)] for tar in files if tar.endswith((".tar", ".tar.gz"))]
-    units += [["files", stems[i:i + UNIT_SAMPLES]] for i in range(0, len(stems), UNIT_SAMPLES)]
+    names = [str(f) for path in found for f in ([path] if os.path.isfile(path) else sorted(Path(path).rglob("*")))]
+    units = [["tar", name, os.path.getsize(name)] for name in names if name.endswith((".tar", ".tar.gz"))]
+    names = sorted((name for name in names if extension_of(name) in MAX_BYTES), key=sample_of)
+    samples = [list(files) for _, files in itertools.groupby(names, sample_of)]
+    units += [["files", sum(samples[i:i + UNIT_SAMPLES], [])] for i in range(0, len(samples), UNIT_SAMPLES)]
     if not units:
         raise UserError(f"--source {' '.join(source)}: expected .tar files, or images with a .txt or .json of the same "
                         "name, or with --captions FILE a folder of images")
@@ -240,15 +260,15 @@ def find_units(dataset, split, source, captions):
 
 def read_caption_table(path):
     """COCO's captions_*.json, a CSV `image,caption` or Flickr's lines `image#0<TAB>caption` -> {image: [captions]}."""
-    table, name_of_table = {}, Path(path).name
+    table = {}
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="") as file:
-            if ".json" in name_of_table:
+            if ".json" in Path(path).name:
                 coco = json.load(file)
                 names = {image["id"]: image["file_name"] for image in coco["images"]}
                 notes = sorted(coco["annotations"], key=lambda note: note["id"])
                 rows = [(names[note["image_id"]], note["caption"]) for note in notes]
-            elif "token" in name_of_table:
+            elif "token" in Path(path).name:
                 rows = [line.rstrip().split("\t") for line in file if line.strip()]
             else:
                 rows = [row for row in csv.reader(file, skipinitialspace=True) if row][1:]
@@ -260,87 +280,78 @@ def read_caption_table(path):
     return table
 
 
-def read_unit(unit, image_size, skipped, text_only=False):
-    """Yield (key, {extension: bytes}) for each sample of a unit, or (key, {"image": ..., "captions": [...]}).
+def read_members(unit, image_size, skipped, text_only):
+    """Yield (name, bytes) of every file in a unit, those of a sample one after the other; nothing is extracted.
 
-    Members of tars that are no samples are counted in `skipped` (a Counter). text_only leaves images unread.
+    Of a file that is too long come one byte more than allowed, which make_sample refuses; text_only leaves images
+    unread. Members of tars that are no files are counted in `skipped`, a Counter.
     """
+    def read(name, file):
+        with file:
+            unread = text_only and extension_of(name) in IMAGE_TYPES
+            return name, b"" if unread else file.read(MAX_BYTES[extension_of(name)] + 1)
+
     kind, *rest = unit
     if kind == "shapes":
         for seed in range(rest[0], sum(rest)):
             image, caption = draw_shapes(seed, image_size)
-            yield f"{seed:012d}", {"image": image, "captions": [caption]}
+            image.save(png := io.BytesIO(), "PNG", compress_level=0)
+            yield f"{seed:012d}.png", png.getvalue()
+            yield f"{seed:012d}.txt", caption.encode()
     elif kind == "table":
         for name, captions in rest[1]:
-            yield Path(name).stem, {"image": os.path.join(rest[0], name), "captions": captions}
+            yield f"{name}.json", json.dumps({"captions": captions}).encode()
+            if os.path.isfile(path := os.path.join(rest[0], name)) and extension_of(name) in IMAGE_TYPES:
+                yield read(name, open(path, "rb"))
     elif kind == "files":
-        for stem in rest[0]:
-            files = {e: f"{stem}.{e}" for e in MAX_BYTES if os.path.isfile(f"{stem}.{e}")}
-            yield Path(stem).name, {e: read_file(open(name, "rb"), e, text_only) for e, name in files.items()}
+        for name in rest[0]:
+            yield read(name, open(name, "rb"))
     else:
-        yield from read_tar(rest[0], skipped, text_only)
-
-
-def read_file(file, extension, text_only):
-    """The bytes of a file; of one that is too long one byte more than allowed, which make_sample refuses."""
-    with file:
-        return b"" if text_only and extension in IMAGE_TYPES else file.read(MAX_BYTES[extension] + 1)
-
-
-def read_tar(path, skipped, text_only):
-    """Samples of a WebDataset tar: consecutive members with the same name up to the first dot. Nothing is extracted."""
-    files, sample = {}, None
-    try:
-        with tarfile.open(path, "r:gz" if path.endswith("gz") else "r:") as tar:
-            for member in tar:
-                tar.members = []                      # tarfile remembers every member it has seen; we need none
-                stem, _, extension = os.path.basename(member.name).partition(".")
-                extension = extension.lower().rpartition(".")[2]
-                if not member.isreg():
-                    skipped["tar member is a link or a device"] += not member.isdir()
-                elif extension in MAX_BYTES:
-                    if files and sample != (os.path.dirname(member.name), stem):
-                        yield sample[1], files
-                        files = {}
-                    sample = (os.path.dirname(member.name), stem)
-                    files[extension] = read_file(tar.extractfile(member), extension, text_only)
-            tar.fileobj.seek(tar.offset)              # tarfile takes a damaged header for the end; the end is zeros
-            if tar.fileobj.read(512) != bytes(512):
-                raise tarfile.ReadError
-        if files:
-            yield sample[1], files
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile):
-        skipped["tar is cut short or damaged"] += 1
-
-
-def make_sample(files, caption_key):
-    """What read_unit gave -> (PIL image, file name or binary file; list of captions, their white space collapsed).
-
-    Captions: JSON's `caption_key`, or if that is None JSON's "captions", KEY.txt or JSON's "caption", the first that
-    is there. CC12M's <PERSON> becomes "person", one common word for five odd pieces. Raises BadSample.
-    """
-    image, captions = files.get("image"), files.get("captions")
-    if captions is None:
-        for extension, content in files.items():
-            if len(content) > MAX_BYTES[extension]:
-                raise BadSample("image file is too large" if extension in IMAGE_TYPES else "caption is too long")
-        image = next((io.BytesIO(files[e]) for e in IMAGE_TYPES if e in files), None)
         try:
-            record = json.loads(files.get("json", b"{}"))
-            record = record if isinstance(record, dict) else {}
-            text = files.get("txt", b"").decode()
-        except UnicodeDecodeError:
-            raise BadSample("caption is not UTF-8") from None
-        except (ValueError, RecursionError):
-            raise BadSample("broken JSON") from None
-        captions = record.get(caption_key) if caption_key else record.get("captions") or text or record.get("caption")
-    if image is None:
-        raise BadSample("no image")
-    captions = [c for c in (captions if isinstance(captions, list) else [captions]) if isinstance(c, str)]
+            with tarfile.open(rest[0], "r:gz" if rest[0].endswith("gz") else "r:") as tar:
+                for member in tar:
+                    tar.members = []                  # tarfile remembers every member it has seen; we need none
+                    if not member.isreg():
+                        skipped["tar member is a link or a device"] += not member.isdir()
+                    elif extension_of(member.name) in MAX_BYTES:
+                        yield read(member.name, tar.extractfile(member))
+                tar.fileobj.seek(tar.offset)          # tarfile takes a damaged header for the end; the end is zeros
+                if tar.fileobj.read(512) != bytes(512):
+                    raise tarfile.ReadError
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile):
+            skipped["tar is cut short or damaged"] += 1
+
+
+def read_unit(unit, image_size, skipped, text_only=False):
+    """Yield (key, {extension: bytes}) for each sample of a unit; the arguments are read_members's."""
+    members = read_members(unit, image_size, skipped, text_only)
+    for (_, key), files in itertools.groupby(members, lambda member: sample_of(member[0])):
+        yield key, {extension_of(name): content for name, content in files}
+
+
+def read_captions(files, caption_key):
+    """{extension: bytes} of a sample -> its captions, white space collapsed. Raises BadSample.
+
+    JSON's `caption_key`, or if that is None JSON's "captions", KEY.txt or JSON's "caption", the first that is there.
+    CC12M's <PERSON> becomes "person", one common word for five odd pieces.
+    """
+    for extension, content in files.items():
+        if len(content) > MAX_BYTES[extension]:
+            raise BadSample("image file is too large" if extension in IMAGE_TYPES else "caption is too long")
+    try:
+        record = json.loads(files.get("json", b"{}"))
+        record = record if isinstance(record, dict) else {}
+        text = files.get("txt", b"").decode()
+    except UnicodeDecodeError:
+        raise BadSample("caption is not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise BadSample("broken JSON") from None
+    found = record.get(caption_key) if caption_key else record.get("captions") or text or record.get("caption")
+    captions = [c for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
     captions = [" ".join(c.replace("\0", " ").replace("<PERSON>", "person").split()) for c in captions]
     if not any(captions):
         raise BadSample("no caption")
-    return image, [caption for caption in captions if caption]
+    return [caption for caption in captions if caption]
 
 
 # ---------------------------------------------------------------------------------------------- writing shards
@@ -374,12 +385,14 @@ def write_shard(unit, number, folder, plan):
     with open(f"{path}.tmp", "w+b") as file:
         for key, files in read_unit(unit, plan["image_size"], skipped):
             try:
-                image, captions = make_sample(files, plan["caption_key"])
-                image = image if isinstance(image, Image.Image) else open_image(image, short_side)
+                captions, found = read_captions(files, plan["caption_key"]), [e for e in IMAGE_TYPES if e in files]
+                if not found:
+                    raise BadSample("no image")
+                image = open_image(io.BytesIO(files[found[0]]), short_side)
             except BadSample as reason:
                 skipped[str(reason)] += 1
                 continue
-            original_size = image.info.get("original_size", image.size)
+            original_size = image.info["original_size"]
             if min(image.size) > short_side:          # never upscaled
                 size = [round(side * short_side / min(image.size)) for side in image.size]
                 image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
@@ -418,7 +431,7 @@ def count_pieces(unit, caption_key):
     counts = Counter()
     for _, files in read_unit(unit, MIN_SIDE, Counter(), text_only=True):
         with contextlib.suppress(BadSample):          # counted when the shards are written
-            for caption in make_sample(files, caption_key)[1]:
+            for caption in read_captions(files, caption_key):
                 counts.update(re.findall(PIECE, caption))
     return counts
 
@@ -506,6 +519,7 @@ class Shards:
                 raise ValueError("its counts make no sense")
             self.lengths = {int(length): int(count) for length, count in self.meta["lengths"]}
             self.tokenizer = load_tokenizer(self.meta["tokenizer"])
+            self.digest = hashlib.sha256("".join(s["sha256"] for s in self.meta["shards"]).encode()).hexdigest()
         except FileNotFoundError:
             raise UserError(f"no shards in {folder}; make them with: python data.py --dataset {self.folder.parent.name}"
                             f" --split {self.folder.name} --source TARS") from None
@@ -578,7 +592,7 @@ def open_split(data_dir, dataset, split):
 
 
 # ---------------------------------------------------------------------------------------------- batches
-ORDER, SAMPLE, TIME = range(3)                        # what a random stream is for
+ORDER, SAMPLE, TIME, SCORING, EXCHANGE = range(5)     # what a random stream is for
 
 
 def random_stream(seed, purpose, number):
@@ -618,14 +632,15 @@ class Batches(torch.utils.data.Dataset):
     `transform` (dict -> dict) runs in the worker. An item has
         images [B,S,S,3] uint8   tokens [B,T]   valid [B,T] bool, False at pads   noise [B,T] uniform in [0,1)
         u, one number in [0,1) for the whole global batch   index [B] places in the global batch
-    with T the longest caption of the item rounded up to a multiple of 8, to spare compiled graphs.
+    with T the longest caption of the item rounded up to a multiple of 8, to spare compiled graphs. With pads="eos" T is
+    max_tokens and pads are tokens like others.
     """
 
     def __init__(self, shards, batch_size, image_size, max_tokens, seed, augment=True, crop_scale=1.0, flip=False,
-                 rank=0, world=1, accumulation=1, transform=None):
+                 pads="hidden", rank=0, world=1, accumulation=1, transform=None):
         super().__init__()
         self.shards, self.batch_size, self.image_size, self.max_tokens = shards, batch_size, image_size, max_tokens
-        self.seed, self.augment, self.crop_scale, self.flip = seed, augment, crop_scale, flip
+        self.seed, self.augment, self.crop_scale, self.flip, self.pads = seed, augment, crop_scale, flip, pads
         self.rank, self.world, self.accumulation, self.transform = rank, world, accumulation, transform
 
     def __getitem__(self, item):
@@ -634,11 +649,12 @@ class Batches(torch.utils.data.Dataset):
         if not self.augment:
             index = index[step * self.batch_size + index < len(self.shards)]
         images, captions, noise = zip(*(self.sample(step * self.batch_size + int(i)) for i in index), strict=True)
-        T = min(-(-max(map(len, captions)) // 8) * 8, self.max_tokens)
+        longest = max(map(len, captions)) if self.pads == "hidden" else self.max_tokens
+        T = min(-(-longest // 8) * 8, self.max_tokens)
         tokens = np.full((len(captions), T), self.shards.tokenizer.eot_token)
         for row, caption in zip(tokens, captions, strict=True):
             row[:len(caption)] = caption
-        valid = np.arange(T) < np.array([len(caption) for caption in captions])[:, None]
+        valid = np.arange(T) < np.array([T if self.pads == "eos" else len(caption) for caption in captions])[:, None]
         batch = {"images": torch.from_numpy(np.stack(images)), "tokens": torch.from_numpy(tokens),
                  "valid": torch.from_numpy(valid), "noise": torch.from_numpy(np.stack(noise)[:, :T]),
                  "u": random_stream(self.seed, TIME, step).random(), "index": torch.from_numpy(index)}
@@ -662,7 +678,7 @@ class Batches(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------------------------------------- command line
 def main():
-    from train import PRESETS                         # late: train.py imports this file
+    from train import PRESETS  # late: train.py imports this file
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", required=True, help="any name; shards go to DATA_DIR/DATASET/SPLIT. `shapes` is drawn here")
@@ -683,9 +699,7 @@ def main():
     args = parser.parse_args()
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.dataset):
         raise UserError(f"--dataset {args.dataset}: expected a name of letters, digits, dots and dashes")
-    for name in ("image_size", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    check_least(args, image_size=MIN_SIDE, workers=1)
     preset = PRESETS.get(args.dataset, {})
     options = vars(args) | {"image_size": args.image_size or preset.get("image_size", 224),
                             "tokenizer": args.tokenizer or preset.get("tokenizer", "gpt2")}

@@ -1,4 +1,4 @@
-"""Masked diffusion, the mathematics only: noise schedule, masking, loss and sampler on tensors. No model, no files.
+"""Masked diffusion, the mathematics only: schedules, masking, losses, likelihoods and samplers on tensors.
 
     python -m pytest tests/test_diffusion.py        # the identities below, checked
 
@@ -13,34 +13,65 @@ probability t and then weighs 1/t, which is 1 on average at every t and at every
 has another diet: many of its last words follow from the first ones, without a look at the image.
 Sampling goes the other way: start from masks only, fill in the most confident word, look again.
 
+What the paper compares with needs few lines of its own (`training_batch`): image-conditioned BERT is one fixed t,
+parallel decoding is t = 1, autoregression shifts the caption by one, and CLIP has no masks but another loss.
+
 Shape letters are model.py's: B captions, T positions, K positions with a loss, V vocabulary.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
 
-# ------------------------------------------------------------------------------------------------ schedule
-def alpha(t):
-    """Probability that a token is still there at time t, linear schedule: alpha_0 = 1 (clean), alpha_1 = 0."""
+# ------------------------------------------------------------------------------------------------ schedules
+def linear(t):
+    """alpha_t = 1 - t, the paper's; in continuous time also MDLM's log-linear schedule."""
     return 1 - t
 
 
-def weight(t):
-    """Cross-entropy weight -alpha'_t / (1 - alpha_t) of a masked token; 1/t for the linear schedule (MDLM, MD4)."""
-    return 1 / t
+def cosine(t):
+    """alpha_t = 1 - cos(pi/2 (1 - t)), MD4's favourite: most of the time is spent at few masks."""
+    return 1 - torch.cos(math.pi / 2 * (1 - t))
+
+
+def geometric(t):
+    """alpha_t = exp(-b), with b growing geometrically from 1e-5 to 20 (MD4, variational diffusion)."""
+    return torch.exp(-(1e-5 ** (1 - t)) * 20.0 ** t)
+
+
+SCHEDULES = {schedule.__name__: schedule for schedule in (linear, cosine, geometric)}
+
+
+def weight(t, alpha=linear):
+    """Weight -alpha'_t / (1 - alpha_t) of a masked token's cross-entropy at times t [...]; linear schedule: 1/t."""
+    with torch.enable_grad():
+        t = t.detach().double().requires_grad_()
+        kept = alpha(t)
+        slope, = torch.autograd.grad(kept.sum(), t)
+    return (-slope / (1 - kept)).detach()
+
+
+def time_of(ratio, alpha=linear):
+    """The time at which the expected share of masked tokens, 1 - alpha_t, is `ratio`, by bisection; a float."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if 1 - float(alpha(torch.tensor(middle).double())) < ratio else (low, middle)
+    return high
 
 
 def stratified_times(u, index, batch_size, t_min=0.5, t_max=1.0):
     """Times of a batch, one in each of `batch_size` equal slices of (t_min, t_max]: less noise than drawing them alone.
 
-    u: one number in [0,1) for the whole *global* batch; index [B]: positions in the global batch -> [B] float32.
+    u: one number in [0,1) for the whole *global* batch; index [B]: positions in the global batch -> [B] float64.
     Each time alone is still uniform. Low-discrepancy idea of MD4's and Kingma et al.'s (2021) code; counted down from
     t_max so that t = 0, where nothing is masked and 1/t is infinite, cannot come out.
     """
-    return (t_max - (t_max - t_min) * ((u + index.double() / batch_size) % 1)).float()
+    return t_max - (t_max - t_min) * ((u + index.double() / batch_size) % 1)
 
 
-def mask_tokens(noise, t, valid):
+def mask_tokens(noise, t, valid, alpha=linear):
     """The forward process: mask [B,T] bool, each valid token masked with probability 1 - alpha_t.
 
     noise [B,T] uniform in [0,1), t [B], valid [B,T] bool. Pass the result on: it cannot be recovered from token ids.
@@ -48,20 +79,43 @@ def mask_tokens(noise, t, valid):
     return (noise < 1 - alpha(t)[:, None]) & valid
 
 
-def training_batch(batch, batch_size, tokens_in_batch, t_min=0.5, t_max=1.0):
-    """The forward process on a batch of data.Batches (runs in its workers): what the model is given and must answer.
+# ------------------------------------------------------------------------------------------------ training
+def shift_right(tokens):
+    """Autoregressive input: each position sees the token before it, the first one [MASK] -> tokens and mask [B,T]."""
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask[:, 0] = True
+    return tokens.roll(1, 1), mask
 
-    Adds t [B], mask [B,T], rows [M] and where [K] (flat positions of the real and of the masked tokens), targets [K]
-    and weight [K] = weight(t) / tokens_in_batch. `tokens_in_batch` is what as many captions have on average,
-    a constant of the data set, and never the count of masked tokens, which would cancel the 1/t. So the loss of
-    a batch is the sum of the losses of its parts, whatever the accumulation or the number of processes.
+
+def training_batch(batch, objective, batch_size, mean_length=None, ratios=(0.5, 1.0), schedule="linear", flat=False):
+    """What the model is given and must answer: the forward process on a batch of data.Batches, run in its workers.
+
+    ratios       smallest and largest expected share of masked tokens; one and the same for BERT, (1, 1) for parallel
+    flat         True leaves the weight out (ablation)
+    mean_length  what a caption has on average, a constant of the data set: each *token* weighs the same. None: each
+                 *caption* weighs the same, as in CapPa. Never the count of masked tokens, which would cancel the 1/t
+    batch_size   of the global batch, so that its loss is the sum of its parts', whatever their number
+
+    Adds mask [B,T], rows [M] (flat positions of the real tokens), where, targets and weight [K] (those with a loss)
+    and ratio [K], the share of the caption that was hidden when this token was asked for.
     """
-    t = stratified_times(batch["u"], batch["index"], batch_size, t_min, t_max)
-    mask = mask_tokens(batch["noise"], t, batch["valid"])
-    where = mask.flatten().nonzero().squeeze(1)
-    per_token = (weight(t) / tokens_in_batch)[:, None].expand_as(mask).flatten()
-    return batch | {"t": t, "mask": mask, "rows": batch["valid"].flatten().nonzero().squeeze(1), "where": where,
-                    "targets": batch["tokens"].flatten()[where], "weight": per_token[where]}
+    tokens, valid, length, per_token = batch["tokens"], batch["valid"], batch["valid"].sum(1), torch.ones(())
+    if objective == "clip":
+        inputs, mask, ratio = tokens, torch.zeros_like(valid), torch.zeros(valid.shape)
+        asked = mask
+    elif objective == "ar":
+        inputs, mask = shift_right(tokens)
+        asked, ratio = valid, 1 - torch.arange(valid.shape[1]) / length[:, None]
+    else:
+        alpha = SCHEDULES[schedule]
+        t = stratified_times(batch["u"], batch["index"], batch_size, *(time_of(ratio, alpha) for ratio in ratios))
+        inputs, mask, ratio = tokens, mask_tokens(batch["noise"], t, valid, alpha), (1 - alpha(t))[:, None]
+        asked, per_token = mask, per_token if flat else weight(t, alpha)
+    per_token = (per_token / batch_size / (mean_length or length)).expand(len(tokens))
+    where = asked.flatten().nonzero().squeeze(1)
+    return batch | {"tokens": inputs, "mask": mask, "rows": valid.flatten().nonzero().squeeze(1), "where": where,
+                    "targets": tokens.flatten()[where], "ratio": ratio.expand(valid.shape).flatten()[where],
+                    "weight": per_token[:, None].expand(valid.shape).flatten()[where].float()}
 
 
 def cross_entropy(logits, targets):
@@ -69,8 +123,78 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-# ------------------------------------------------------------------------------------------------ sampler
-ORDERS = ("confidence", "random", "left-to-right")
+def contrastive_loss(image, text, all_images=None, all_texts=None, first=0):
+    """CLIP's symmetric cross-entropy (Radford et al. 2021): this process's part of the mean over the global batch.
+
+    image [b,D], text [b,D] from Captioner.match; all_images and all_texts [B,D] are everybody's, in which those of
+    this process begin at `first` (default: there is only one process). The parts of all processes add up.
+    """
+    all_images, all_texts = (own if every is None else every for own, every in ((image, all_images), (text, all_texts)))
+    right = first + torch.arange(len(image), device=image.device)
+    losses = F.cross_entropy(image @ all_texts.T, right, reduction="sum") + \
+        F.cross_entropy(text @ all_images.T, right, reduction="sum")
+    return losses / (2 * len(all_images))
+
+
+# ------------------------------------------------------------------------------------------------ likelihood
+RULES = ("monte-carlo", "parallel", "leave-one-out")
+
+
+def count_law(length, ratios=(0.0, 1.0)):
+    """Law of the number l of masked tokens under which (L/l) sum_masked log p has the mean of the objective -> [L].
+
+    For times uniform in [a, b], integrating 1/t times the binomial law of l gives the states with l masks the weight
+    (P(Bin(L,a) < l) - P(Bin(L,b) < l)) / ((b - a) l). Times l/L that is a law; for [0, 1] it is uniform (LLaDA).
+    """
+    a, b = min(ratios[0], ratios[1] - 1e-4), ratios[1]                  # one fixed ratio: a narrow range around it
+    ways = torch.tensor([math.comb(length, k) for k in range(length)], dtype=torch.float64)
+    k = torch.arange(length, dtype=torch.float64)
+    below = [(ways * t ** k * (1 - t) ** (length - k)).cumsum(0) for t in (a, b)]
+    return (below[0] - below[1]) / ((b - a) * length)
+
+
+def scoring_masks(rule, length, noise=None, u=0.0, ratios=(0.0, 1.0)):
+    """Masks [S,L] and weights [S] with which sum_s weight_s * sum_masked log p scores a caption of L tokens.
+
+    "monte-carlo"    a bound on log p(caption | image, length) on average (ratios (0, 1)): exactly l masks with l
+                     stratified over `count_law`, at the places where noise [S,T] is smallest; u shifts the strata
+    "parallel"       every token from the image alone, in one pass
+    "leave-one-out"  every token from the image and all others: pseudo-likelihood
+    Captions that are compared get the same noise and u, which takes most of the noise out of the difference.
+    """
+    if rule == "parallel":
+        return torch.ones(1, length, dtype=torch.bool), torch.ones(1)
+    if rule == "leave-one-out":
+        return torch.eye(length, dtype=torch.bool), torch.ones(length)
+    S = len(noise)
+    strata = (u + torch.arange(S, dtype=torch.float64) / S) % 1
+    count = 1 + torch.searchsorted(count_law(length, ratios).cumsum(0), strata, right=True).clamp(max=length - 1)
+    masks = noise[:, :length].argsort(dim=1).argsort(dim=1) < count[:, None]
+    return masks, length / (count * S)
+
+
+@torch.no_grad()
+def log_likelihood(predict, tokens, valid, rule="parallel", noise=None, u=0.0, ratios=(0.0, 1.0)):
+    """Scores of captions in nats, summed over tokens: tokens and valid [B,T] -> [B] float64; the rest: scoring_masks.
+
+    predict is denoise's. An autoregressive one, which ignores the mask, makes "parallel" the exact log p.
+    """
+    plans = [scoring_masks(rule, length, noise, u, ratios) for length in valid.sum(1).tolist()]
+    total, T = torch.zeros(len(tokens), dtype=torch.float64), tokens.shape[1]
+    for s in range(max(len(weights) for _, weights in plans)):
+        mask, weights = torch.zeros(valid.shape, dtype=torch.bool), torch.zeros(len(plans), dtype=torch.float64)
+        for b, plan in enumerate(plans):
+            if s < len(plan[1]):
+                mask[b, :plan[0].shape[1]], weights[b] = plan[0][s], plan[1][s]
+        mask = mask.to(valid.device)
+        where = mask.flatten().nonzero().squeeze(1)
+        loss = cross_entropy(predict(tokens, mask, where), tokens.flatten()[where]).cpu().double()
+        total -= torch.zeros_like(total).index_add(0, where.cpu() // T, loss) * weights
+    return total
+
+
+# ------------------------------------------------------------------------------------------------ samplers
+ORDERS = ("confidence", "random", "left-to-right", "ancestral")
 
 
 def draw_tokens(logits, temperature=0.0, generator=None):
@@ -98,7 +222,8 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
     tokens,mask  the words that are given (kept for ever) and where to write
     steps        at most this many; None: one token of each caption a step (best)
     order        which positions to reveal first: "confidence" (highest probability of the token drawn; LLaDA),
-                 "random" (uniform; equals the first-hitting sampler of Zheng et al. 2024) or "left-to-right"
+                 "random" (uniform; equals the first-hitting sampler of Zheng et al. 2024), "left-to-right", or
+                 "ancestral" (the reverse process itself: from t to s, each with probability (t - s)/t; MDLM)
     temperature  0 is greedy; otherwise tokens are drawn, on the CPU from `generator`
 
     A token that has been revealed never changes, and [MASK], which has no logit, cannot be drawn.
@@ -110,18 +235,41 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
         raise ValueError(f"steps {steps}: expected at least 1")
     total = mask.sum(1)                                                         # [B] words to find
     planned = total.clamp(max=steps or mask.shape[1])                           # [B] steps of each caption
+    last = steps or int(planned.max()) if order == "ancestral" else int(planned.max())
     yield tokens, mask
-    for step in range(1, int(planned.max()) + 1):
+    for step in range(1, last + 1):
         where = mask.flatten().nonzero().squeeze(1)
         drawn, confidence = draw_tokens(predict(tokens, mask, where), temperature, generator)
-        if order == "random":
+        if order in ("random", "ancestral"):
             confidence = torch.rand(len(where), generator=generator).to(confidence)
         elif order == "left-to-right":
             confidence = -(where % mask.shape[1]).to(confidence)
         score = torch.full((mask.numel(),), -torch.inf, device=mask.device).index_copy(0, where, confidence.float())
-        rank = score.view_as(mask).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        left = total - torch.minimum(total, step * total // planned.clamp(min=1))   # [B] still masked afterwards
-        reveal = mask & (rank < (mask.sum(1) - left)[:, None])
+        if order == "ancestral":                                                # t = 1 - (step-1)/last, s = t - 1/last
+            reveal = mask & (score.view_as(mask) < 1 / (last - step + 1))
+        else:
+            rank = score.view_as(mask).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            left = total - torch.minimum(total, step * total // planned.clamp(min=1))   # [B] still masked afterwards
+            reveal = mask & (rank < (mask.sum(1) - left)[:, None])
         tokens = torch.where(reveal, tokens.flatten().index_copy(0, where, drawn).view_as(tokens), tokens)
         mask = mask & ~reveal
         yield tokens, mask
+
+
+@torch.no_grad()
+def autoregress(next_word, B, length, eos, temperature=0.0, generator=None, device="cpu"):
+    """Left-to-right captions of at most `length` tokens; yields (tokens [B,T], mask [B,T]) as denoise does.
+
+    next_word: (tokens [B] before `position`, position) -> logits [B,V]. After its EOS a caption is EOS to the end.
+    """
+    tokens, mask = torch.full((B, length), eos, device=device), torch.ones(B, length, dtype=torch.bool, device=device)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    yield tokens, mask
+    for i in range(length):
+        drawn, _ = draw_tokens(next_word(tokens[:, i - 1], i), temperature, generator)
+        tokens, mask = tokens.clone(), mask.clone()
+        tokens[:, i], mask[:, i] = drawn.masked_fill(ended, eos), False
+        ended = ended | (drawn == eos)
+        yield tokens, mask
+        if ended.all():
+            break

@@ -3,8 +3,9 @@
     python model.py                       # the size registry: parameters of every model
 
 Masked diffusion captioning needs no new architecture. It is the encoder-decoder of CapPa (Tschannen et al. 2023,
-"Image Captioners Are Scalable Vision Learners Too") with the causal mask taken out of the decoder. Everything the
-paper adds is in diffusion.py. Three things here are worth a look:
+"Image Captioners Are Scalable Vision Learners Too") with the causal mask taken out of the decoder; everything the
+paper adds is in diffusion.py. What it is compared with differs here in the lines that ask for the objective: "ar"
+keeps the causal mask, "clip" pools both sides instead of cross-attending. Three things are worth a look:
 
   * `[MASK]` is an extra *input* embedding row and has no output column, so the model can never predict it.
   * The decoder works on a flat stream of the real tokens of a batch; pads exist only inside attention.
@@ -14,7 +15,8 @@ Shape letters, used at line ends in all files:
     B images (= captions) of a batch   N patches of an image   T token positions of the longest caption
     M real tokens of the batch (no pads)   K positions with a loss   D width   H heads   V vocabulary
 """
-from dataclasses import asdict, dataclass
+from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -37,11 +39,10 @@ class Config:
     image_size: int = 64          # pixels, square
     vocab_size: int = 50257       # V, without [MASK]
     max_tokens: int = 64          # longest caption in tokens, its EOS included
+    eos: int = 50256              # the token that ends a caption
+    pads: str = "hidden"          # what follows it: "hidden" from attention and loss, or "eos", tokens like others
     positions: str = "sincos"     # of the patches: "sincos" (fixed) or "learned" (started at sincos)
-
-    def to_dict(self):
-        """Plain values only, so that a checkpoint loads with `weights_only=True`."""
-        return asdict(self)
+    objective: str = "mdc"        # "ar" makes the decoder causal, "clip" a text encoder; the others share one model
 
 
 # ------------------------------------------------------------------------------------------------ building blocks
@@ -62,114 +63,22 @@ def sincos_2d(side, width):
     return torch.cat([sincos(y.flatten(), width // 2), sincos(x.flatten(), width // 2)], dim=1)
 
 
-def attend(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(d) + bias) v with q [B,H,T,d], k and v [B,H,N,d], bias broadcast to [B,H,T,N] or None.
+def attend(q, k, v, heads, bias=None):
+    """Multi-head softmax(q k^T / sqrt(d) + bias) v: q [B,T,D], k and v [B,N,D], bias [B|1,1,T|1,N] -> [B,T,D].
 
     CUDA and MPS have fused kernels for it. On a CPU, PyTorch's fused kernel is the slow way: at a few dozen patches its
     backward alone takes more than half of a training step, so there the formula is written out.
     """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))                 # [B,H,T|N,D/H]
+    bias = None if bias is None else bias.to(q.dtype)
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return (scores if bias is None else scores + bias.to(scores.dtype)).softmax(dim=-1) @ v
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    else:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                # [B,H,T,N]
+        out = (scores if bias is None else scores + bias).softmax(dim=-1) @ v
+    return out.transpose(1, 2).flatten(2)
 
 
-def split_heads(x, heads):
-    """[B,T,D] -> [B,H,T,D/H]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x):
-    """[B,H,T,D/H] -> [B,T,D]."""
-    return x.transpose(1, 2).flatten(2)
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between them; four times as wide inside."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-# ------------------------------------------------------------------------------------------------ image encoder
-class SelfAttention(nn.Module):
-    """Multi-head self-attention; `pack` (None: no pads) moves the flat token stream in and out of [B,T]."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x, bias=None, pack=None):
-        qkv = self.qkv(x)
-        qkv = qkv if pack is None else pack.pad(qkv)                                            # [B,T,3D]
-        q, k, v = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))              # [B,H,T,d]
-        out = merge_heads(attend(q, k, v, bias))                                                # [B,T,D]
-        return self.proj(out if pack is None else pack.unpad(out))
-
-
-class EncoderBlock(nn.Module):
-    """Pre-LN transformer block with timm's parameter names."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = SelfAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    """Cuts an image into patches and projects each to the model's width."""
-
-    def __init__(self, width, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)                                          # [B,N,D]
-
-
-class ViT(nn.Module):
-    """Vision transformer without a class token (Dosovitskiy et al. 2021; no token as in CapPa and timm).
-
-    Parameter names and shapes are timm's, so `timm.create_model("vit_base_patch16_224", class_token=False,
-    global_pool="avg", fc_norm=False, num_classes=0).load_state_dict(vit.state_dict())` works as it is.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        width, depth, heads, patch = SIZES[config.size]
-        if config.image_size % patch:
-            raise ValueError(f"image size {config.image_size} is not a multiple of {config.size}'s patch size {patch}")
-        self.patch_embed = PatchEmbed(width, patch)
-        table = sincos_2d(config.image_size // patch, width)[None]                              # [1,N,D]
-        if config.positions == "learned":
-            self.pos_embed = nn.Parameter(table)
-        else:
-            self.register_buffer("pos_embed", table)
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, images):
-        """images [B,3,S,S] float in [-1,1] -> patch features after the final LayerNorm [B,N,D]."""
-        x = self.patch_embed(images) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-
-# ------------------------------------------------------------------------------------------------ text decoder
 class Pack:
     """Where the real tokens of a padded batch stand: pads never enter a linear layer, only attention sees [B,T].
 
@@ -190,6 +99,28 @@ class Pack:
         return x.flatten(0, 1).index_select(0, self.rows)
 
 
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, of images on [B,N,D], of texts (with `pack`) on the flat stream [M,D].
+
+    cache: a list that collects keys and values over the calls, for left-to-right decoding.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, bias=None, pack=None, cache=None):
+        qkv = self.qkv(x) if pack is None else pack.pad(self.qkv(x))
+        q, k, v = qkv.chunk(3, dim=-1)                                                          # [B,T,D]
+        if cache is not None:
+            cache[:] = [torch.cat([*old, new], dim=1) for old, new in zip((cache[:1], cache[1:]), (k, v), strict=True)]
+            k, v = cache
+        out = attend(q, k, v, self.heads, bias)
+        return self.proj(out if pack is None else pack.unpad(out))
+
+
 class CrossAttention(nn.Module):
     """Text asks, image answers; the keys and values come from `read`, once an image."""
 
@@ -201,32 +132,65 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def read(self, features):
-        """features [B,N,D] -> keys and values, each [B,H,N,d]."""
-        return tuple(split_heads(part, self.heads) for part in self.kv(features).chunk(2, dim=-1))
+        """features [B,N,D] -> keys and values, each [B,N,D]."""
+        return self.kv(features).chunk(2, dim=-1)
 
     def forward(self, x, kv, pack):
-        q = split_heads(pack.pad(self.q(x)), self.heads)                                        # [B,H,T,d]
-        return self.proj(pack.unpad(merge_heads(attend(q, *kv))))                               # [M,D]
+        return self.proj(pack.unpad(attend(pack.pad(self.q(x)), *kv, self.heads)))              # [M,D]
 
 
-class DecoderBlock(nn.Module):
-    """Pre-LN block: self-attention among the words, cross-attention to the patches, MLP."""
+class Block(nn.Module):
+    """Pre-LN transformer block with timm's parameter names; with `cross` it also looks at the image."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, cross=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = SelfAttention(width, heads)
+        if cross:
+            self.norm_cross = nn.LayerNorm(width, eps=1e-6)
+            self.cross = CrossAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.cross = CrossAttention(width, heads)
-        self.norm3 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(),
+                                             fc2=nn.Linear(4 * width, width)))
 
-    def forward(self, x, kv, bias, pack):
-        x = x + self.attn(self.norm1(x), bias, pack)
-        x = x + self.cross(self.norm2(x), kv, pack)
-        return x + self.mlp(self.norm3(x))
+    def forward(self, x, kv=None, bias=None, pack=None, cache=None):
+        x = x + self.attn(self.norm1(x), bias, pack, cache)
+        if kv is not None:
+            x = x + self.cross(self.norm_cross(x), kv, pack)
+        return x + self.mlp(self.norm2(x))
 
 
+# ------------------------------------------------------------------------------------------------ image encoder
+class ViT(nn.Module):
+    """Vision transformer without a class token (Dosovitskiy et al. 2021; no token as in CapPa and timm).
+
+    Parameter names and shapes are timm's, so `timm.create_model("vit_base_patch16_224", class_token=False,
+    global_pool="avg", fc_norm=False, num_classes=0).load_state_dict(vit.state_dict())` works as it is.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, depth, heads, patch = SIZES[config.size]
+        if config.image_size % patch:
+            raise ValueError(f"image size {config.image_size} is not a multiple of {config.size}'s patch size {patch}")
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, kernel_size=patch, stride=patch)))
+        table = sincos_2d(config.image_size // patch, width)[None]                              # [1,N,D]
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(table)
+        else:
+            self.register_buffer("pos_embed", table)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, images):
+        """images [B,3,S,S] float in [-1,1] -> patch features after the final LayerNorm [B,N,D]."""
+        x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed                # [B,N,D]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+# ------------------------------------------------------------------------------------------------ text decoder
 class TextDecoder(nn.Module):
     """Predicts the words of a caption from the image and from the words that are not masked.
 
@@ -236,18 +200,32 @@ class TextDecoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, depth, heads, _ = SIZES[config.size]
-        self.mask_id = config.vocab_size                                   # the last input row; no output column
+        self.causal, cross = config.objective == "ar", config.objective != "clip"
+        self.mask_id = config.vocab_size               # the last input row; no output column. "ar": the start of a text
         self.embed = nn.Embedding(config.vocab_size + 1, width)
         self.positions = nn.Parameter(sincos(torch.arange(config.max_tokens), width))
-        self.blocks = nn.ModuleList(DecoderBlock(width, heads) for _ in range(depth // 2))
+        self.blocks = nn.ModuleList(Block(width, heads, cross) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, config.vocab_size)
+        if cross:
+            self.head = nn.Linear(width, config.vocab_size)
 
     def read(self, features):
         """features [B,N,D] -> the cross-attention keys and values of every layer; sampling calls it once an image."""
         return [block.cross.read(features) for block in self.blocks]
 
-    def forward(self, kv, tokens, mask, valid, rows=None, where=None, causal=False):
+    def hidden(self, kv, tokens, mask, valid, rows=None):
+        """Outputs of the last block for the real tokens [B,T,D], zeros at pads; the arguments are forward's."""
+        pack = Pack(valid, rows)
+        x = pack.unpad(self.embed(tokens.masked_fill(mask, self.mask_id)) + self.positions[:pack.T])    # [M,D]
+        seen = valid[:, None, None, :]                                                          # [B,1,1,T] keys
+        if self.causal:
+            seen = seen & torch.ones(pack.T, pack.T, dtype=torch.bool, device=x.device).tril()  # [B,1,T,T]
+        bias = torch.zeros(seen.shape, device=x.device).masked_fill(~seen, -torch.inf)
+        for number, block in enumerate(self.blocks):
+            x = block(x, kv and kv[number], bias, pack)
+        return pack.pad(self.norm(x))
+
+    def forward(self, kv, tokens, mask, valid, rows=None, where=None):
         """Logits for the words of B captions.
 
         kv      from `read`
@@ -256,21 +234,22 @@ class TextDecoder(nn.Module):
         valid   [B,T] bool, False at pads, which nothing attends to; a caption has at least one real token
         rows    [M] int, flat positions of the real tokens, if the caller knows them
         where   [K] int, flat positions whose logits are wanted (real tokens only); None: all
-        returns [K,V], or [B,T,V] with zeros at pads
+        returns [K,V], or [B,T,V]
         """
-        pack = Pack(valid, rows)
-        x = self.embed(tokens.masked_fill(mask, self.mask_id)) + self.positions[:tokens.shape[1]]
-        x = pack.unpad(x)                                                                       # [M,D]
-        seen = valid[:, None, None, :]                                                          # [B,1,1,T] keys
-        if causal:
-            seen = seen & torch.ones(pack.T, pack.T, dtype=torch.bool, device=x.device).tril()  # [B,1,T,T]
-        bias = torch.zeros(seen.shape, device=x.device).masked_fill(~seen, -torch.inf)
-        for block, block_kv in zip(self.blocks, kv, strict=True):
-            x = block(x, block_kv, bias, pack)
-        x = self.norm(x)
-        if where is None:
-            return pack.pad(self.head(x))
-        return self.head(pack.pad(x).flatten(0, 1).index_select(0, where))
+        x = self.hidden(kv, tokens, mask, valid, rows)
+        return self.head(x if where is None else x.flatten(0, 1).index_select(0, where))
+
+    def next_word(self, kv, tokens, position, caches):
+        """Left-to-right decoding: logits [B,V] of the word at `position`, given the one before it, tokens [B].
+
+        At position 0 tokens is ignored. caches: a list of an empty list for each block, which fills up.
+        """
+        start = torch.full_like(tokens, self.mask_id)
+        x = self.embed(start if position == 0 else tokens) + self.positions[position]           # [B,D]
+        pack = Pack(torch.ones(len(tokens), 1, dtype=torch.bool, device=x.device))
+        for block, block_kv, cache in zip(self.blocks, kv, caches, strict=True):
+            x = block(x, block_kv, None, pack, cache)
+        return self.head(self.norm(x))
 
 
 # ------------------------------------------------------------------------------------------------ both together
@@ -282,24 +261,41 @@ class Captioner(nn.Module):
         self.config = config
         self.encoder = ViT(config)
         self.decoder = TextDecoder(config)
-        self.apply(self._init)
-        nn.init.zeros_(self.decoder.head.weight)      # CapPa: the first prediction is uniform, the first loss log V
-
-    @staticmethod
-    def _init(module):
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(module.weight.flatten(1))
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+        width = SIZES[config.size][0]
+        if config.objective == "clip":
+            self.image_proj = nn.Linear(width, width, bias=False)
+            self.text_proj = nn.Linear(width, width, bias=False)
+            self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        for name, value in self.named_parameters():
+            if name.endswith("embed.weight"):
+                nn.init.normal_(value, std=0.02)
+            elif name.endswith("head.weight"):
+                nn.init.zeros_(value)                 # CapPa: the first prediction is uniform, the first loss log V
+            elif name.endswith("bias"):
+                nn.init.zeros_(value)
+            elif value.ndim > 1 and "pos" not in name:
+                nn.init.xavier_uniform_(value.flatten(1))
 
     def encode(self, images):
         """images [B,S,S,3] uint8 as the loader makes them -> patch features [B,N,D]; pixels become [-1,1] here."""
         return self.encoder(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
 
-    def forward(self, images, tokens, mask, valid, rows=None, where=None, causal=False):
-        """One training pass: images [B,S,S,3] uint8, the rest as in TextDecoder.forward."""
-        return self.decoder(self.decoder.read(self.encode(images)), tokens, mask, valid, rows, where, causal)
+    def match(self, features, tokens, valid, rows=None):
+        """CLIP: patch features and captions -> points on the unit sphere, image [B,D] and text [B,D].
+
+        The images come multiplied by the learned inverse temperature (at most 100, as CLIP's), so that image @ text.T
+        are the logits and processes that exchange features need not know of it. Both sides are means, not one token.
+        """
+        text = self.decoder.hidden(None, tokens, torch.zeros_like(valid), valid, rows).sum(1) / valid.sum(1)[:, None]
+        image, text = self.image_proj(features.mean(1)).float(), self.text_proj(text).float()
+        return F.normalize(image, dim=1) * self.log_scale.exp().clamp(max=100), F.normalize(text, dim=1)
+
+    def forward(self, images, tokens, mask, valid, rows=None, where=None):
+        """One training pass: images [B,S,S,3] uint8, the rest as in TextDecoder.forward; for "clip" as in match."""
+        features = self.encode(images)
+        if self.config.objective == "clip":
+            return self.match(features, tokens, valid, rows)
+        return self.decoder(self.decoder.read(features), tokens, mask, valid, rows, where)
 
 
 def main():

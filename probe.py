@@ -25,8 +25,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (IMAGE_TYPES, SHAPES_CAPTION, BadSample, UserError, crop_square, decode_caption, open_image,
-                  open_split, run)
+from data import (
+    IMAGE_TYPES,
+    SHAPES_CAPTION,
+    BadSample,
+    UserError,
+    crop_square,
+    decode_caption,
+    open_image,
+    open_split,
+    run,
+)
 from model import Captioner
 from sample import load_captioner
 

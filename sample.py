@@ -3,20 +3,41 @@
     python sample.py --ckpt out/shapes-tiny-mdc/ckpt.pt --dataset shapes --split val --sheet shapes.png
     python sample.py --ckpt out/flickr8k-tiny-mdc/ckpt.pt photo.jpg another.png folder/
     python sample.py --ckpt out/flickr8k-tiny-mdc/ckpt.pt photo.jpg --trace             # every step of the way
+    python sample.py --ckpt out/flickr8k-tiny-mdc/ckpt.pt photo.jpg --prompt "a ___ dog on the ___"       # infilling
+    python sample.py --ckpt out/flickr8k-tiny-mdc/ckpt.pt --score "a dog runs" "a cat sleeps" photo.jpg   # likelihoods
 
 An image is encoded once; the decoder then runs once a step on all captions of a batch. The decoder is told how long a
-caption is (pads were hidden from it in training), so a length has to be chosen before the first word is.
+caption is (pads were hidden from it in training), so a length has to be chosen before the first word is. A model of
+`train.py --objective ar` writes from left to right instead and ends by itself.
 """
 import argparse
+import math
+import os
+import re
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import diffusion
-from data import IMAGE_TYPES, BadSample, UserError, crop_square, load_tokenizer, open_image, open_split, run
+from data import (
+    IMAGE_TYPES,
+    SCORING,
+    BadSample,
+    Batches,
+    UserError,
+    check_least,
+    crop_square,
+    decode_caption,
+    load_tokenizer,
+    open_image,
+    open_split,
+    random_stream,
+    run,
+)
 from model import Captioner, Config
 
 
@@ -39,6 +60,7 @@ def load_captioner(path, device="cpu"):
         raise UserError(f"--device {device} cannot be used here; try --device cpu") from None
 
 
+# ---------------------------------------------------------------------------------------------- captions
 def choose_lengths(histogram, count, length="typical", generator=None):
     """Caption lengths in tokens, EOS included, for `count` images -> int tensor [count].
 
@@ -54,22 +76,27 @@ def choose_lengths(histogram, count, length="typical", generator=None):
 
 
 @torch.no_grad()
-def caption_images(model, images, lengths, steps=None, order="confidence", temperature=0.0, generator=None):
+def caption_images(model, images, lengths, steps=None, order="confidence", temperature=0.0, generator=None, given=None):
     """Caption a batch; yields (tokens [B,T], mask [B,T]) at the start and after every step, the captions last.
 
-    images [B,S,S,3] uint8; lengths [B]: tokens of each caption, its EOS included; the rest is diffusion.denoise's.
+    images [B,S,S,3] uint8; lengths [B]: tokens of each caption, its EOS included. given: words to keep, as tokens [T]
+    and mask [T], True at the blanks; lengths are T then. The rest is diffusion.denoise's. An autoregressive model takes
+    only temperature and generator.
     """
-    device = next(model.parameters()).device
-    lengths = lengths.to(device)
+    device, decoder = next(model.parameters()).device, model.decoder
+    kv = decoder.read(model.encode(images.to(device)))
+    if decoder.causal:
+        caches = [[] for _ in decoder.blocks]
+        yield from diffusion.autoregress(lambda tokens, i: decoder.next_word(kv, tokens, i, caches), len(images),
+                                         model.config.max_tokens, model.config.eos, temperature, generator, device)
+        return
+    lengths = lengths.to(device) if model.config.pads == "hidden" else lengths.to(device) * 0 + model.config.max_tokens
     valid = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-    kv = model.decoder.read(model.encode(images.to(device)))
     rows = valid.flatten().nonzero().squeeze(1)
-
-    def predict(tokens, mask, where):
-        return model.decoder(kv, tokens, mask, valid, rows, where)
-
-    tokens = torch.zeros_like(valid, dtype=torch.long)
-    yield from diffusion.denoise(predict, tokens, valid, steps, order, temperature, generator)
+    tokens, mask = (torch.zeros_like(valid, dtype=torch.long), valid) if given is None else (
+        x.to(device).expand(len(images), -1) for x in given)
+    yield from diffusion.denoise(lambda tokens, mask, where: decoder(kv, tokens, mask, valid, rows, where),
+                                 tokens, mask, steps, order, temperature, generator)
 
 
 def final(steps):
@@ -78,6 +105,81 @@ def final(steps):
     return last[0].cpu()
 
 
+def read_prompt(prompt, tokenizer, longest):
+    """Text with blanks -> tokens [T] and mask [T], True at the blanks, EOS last. `___` is one token, mostly a word.
+
+    Raises UserError if there is no blank, or more than `longest` tokens.
+    """
+    tokens, mask = [], []
+    for part in re.split(r"(\s*_{2,})", prompt):
+        ids = [0] if part.endswith("__") else tokenizer.encode_ordinary(part)
+        tokens, mask = tokens + ids, mask + [part.endswith("__")] * len(ids)
+    if not any(mask) or len(tokens) >= longest:
+        raise UserError(f"--prompt {prompt!r}: expected words with blanks, as in \"a ___ dog on the ___\", of at most "
+                        f"{longest - 1} tokens in all")
+    return torch.tensor([*tokens, tokenizer.eot_token]), torch.tensor([*mask, False])
+
+
+@torch.no_grad()
+def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed=0, ratios=(0.0, 1.0)):
+    """How well captions fit images -> [B] float64, in nats summed over tokens; higher is better.
+
+    features [B,N,D] from model.encode; captions: B lists of token ids with EOS, at most max_tokens long. rule, ratios:
+    see diffusion.scoring_masks; the same seed gives all captions the same random masks. An autoregressive model has one
+    rule, the exact log p; of CLIP the score is the cosine.
+    """
+    device, config = features.device, model.config
+    T = config.max_tokens if config.pads == "eos" else max(map(len, captions))
+    tokens = torch.tensor([[*caption, *[config.eos] * (T - len(caption))] for caption in captions], device=device)
+    lengths = [T if config.pads == "eos" else len(caption) for caption in captions]
+    valid = torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
+    if config.objective == "clip":
+        return F.cosine_similarity(*model.match(features, tokens, valid)).double().cpu()
+    kv = model.decoder.read(features)
+
+    def predict(tokens, mask, where):
+        inputs, mask = diffusion.shift_right(tokens) if model.decoder.causal else (tokens, mask)
+        return model.decoder(kv, inputs, mask, valid, None, where)
+
+    rng = random_stream(seed, SCORING, 0)
+    noise, u = torch.from_numpy(rng.random((draws, config.max_tokens))), rng.random()
+    rule = "parallel" if model.decoder.causal else rule
+    return diffusion.log_likelihood(predict, tokens, valid, rule, noise, u, ratios)
+
+
+def length_term(histogram, length, longest):
+    """log p(length) in nats from the training captions' histogram, one caption added to each length up to `longest`."""
+    return math.log((histogram.get(length, 0) + 1) / (sum(histogram.values()) + longest))
+
+
+def print_scores(model, checkpoint, tokenizer, names, images, captions, draws, seed):
+    """For every image the captions, best first, with the scores of all rules in nats."""
+    longest, trained = model.config.max_tokens, checkpoint["options"]["ratios"]
+    tokens = [[*tokenizer.encode_ordinary(caption), tokenizer.eot_token] for caption in captions]
+    if max(map(len, tokens)) > longest:
+        raise UserError(f"--score: expected captions of at most {longest} tokens, EOS included")
+    objective, lengths = model.config.objective, torch.tensor([len(ids) for ids in tokens])
+    lengthy = torch.tensor([length_term(checkpoint["lengths"], int(n), longest) for n in lengths]).double()
+    features = model.encode(images.to(next(model.parameters()).device))
+    for i, name in enumerate(names):
+        def score(*rule, image=i, **options):
+            return score_captions(model, features[image].expand(len(tokens), -1, -1), tokens, *rule, draws, seed, **options)
+
+        columns = {{"clip": "cosine", "ar": "log p"}.get(objective, "bound"): (total := score("monte-carlo"))}
+        if objective != "clip":
+            columns["a token"] = total / lengths
+            others = [score("monte-carlo", image=other) for other in range(len(names)) if other != i]
+            if others:                                # log-mean-exp: the likelihood of a caption without its image
+                columns["gain"] = (total - torch.stack(others).logsumexp(0) + math.log(len(others))) / lengths
+        if objective not in ("clip", "ar"):
+            columns |= {"+ length": total + lengthy, "trained t": score("monte-carlo", ratios=trained),
+                        "parallel": score("parallel"), "leave 1 out": score("leave-one-out")}
+        print(name + "\n" + "".join(f"{column:>13}" for column in columns) + "   caption")
+        for k in total.argsort(descending=True).tolist():
+            print("".join(f"{column[k]:13.3f}" for column in columns.values()) + f"   {captions[k]}")
+
+
+# ---------------------------------------------------------------------------------------------- showing
 def show(tokenizer, tokens, mask):
     """One state of a caption as text, `_` for every token that is still masked; nothing after an EOS."""
     words, start = [], 0
@@ -122,6 +224,40 @@ def find_images(paths):
     return files
 
 
+def show_example(batch, tokenizer, objective):
+    """A training caption, its tokens, and what the model is asked about it, as text."""
+    tokens, mask, length = batch["tokens"][0], batch["mask"][0], int(batch["valid"][0].sum())
+    if objective == "ar":
+        tokens, mask = tokens.roll(-1), mask & False
+    numbers = " ".join(map(str, tokens[:length].tolist()))
+    text = f"  caption  {decode_caption(tokenizer, tokens)}\n  tokens   {numbers}\n"
+    if objective == "clip":
+        return f"a training example:\n{text}  task     to find the caption of each image in the batch, and vice versa"
+    if objective == "ar":
+        return f"a training example:\n{text}  task     each token from the image and the tokens before it"
+    share = f"masked at t = {float(batch['ratio'][0]):.2f}" if len(batch["ratio"]) else "masked"
+    return (f"a training example, {share}; every masked word weighs 1/t:\n{text}"
+            f"  input    {show(tokenizer, tokens[:length], mask[:length])}   and the image")
+
+
+def report(model, val, seed, lengths, path):
+    """Caption validation images: draws the first into `path`; {"exact": share of captions exactly right} for shapes."""
+    shapes, right, total = val.folder.parent.name == "shapes", 0, 0
+    batches = Batches(val, min(100, len(val)), model.config.image_size, model.config.max_tokens, seed, augment=False)
+    for number in range(-(-len(val) // batches.batch_size) if shapes else 1):
+        batch = batches[number]
+        count = len(batch["images"])
+        tokens = final(caption_images(model, batch["images"], choose_lengths(lengths, count)))
+        made, given = ([decode_caption(val.tokenizer, row) for row in rows] for rows in (tokens, batch["tokens"]))
+        right, total = right + sum(a == b for a, b in zip(made, given, strict=True)), total + count
+        if number == 0:
+            texts = [[(a, "green" if a == b else "darkred") if shapes else (a, "black"), (f"given: {b}", "grey")]
+                     for a, b in zip(made[:12], given[:12], strict=True)]
+            contact_sheet(batch["images"][:12], texts, path)
+    return {"exact": right / total} if shapes else {}
+
+
+# ---------------------------------------------------------------------------------------------- command line
 def main():
     """Caption what the command line names, batch by batch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,55 +273,72 @@ def main():
         "(median of the training captions, the default) or `draw` (drawn from them for each image)")
     add("--temperature", type=float, default=0.0, metavar="X", help="0: likeliest words (default); 1: drawn")
     add("--order", choices=diffusion.ORDERS, default="confidence", help="which words come first (default: confidence)")
+    add("--prompt", metavar="TEXT", help='keep these words and fill the blanks, each `___` one token: "a ___ dog"')
+    add("--score", nargs="+", metavar="TEXT", help="rank these captions instead; what names a file is an image")
+    add("--draws", type=int, default=32, metavar="N", help="random masks for each score (default: 32)")
     add("--trace", action="store_true", help="print the caption after every step, `_` for a masked token")
     add("--sheet", metavar="FILE", help="draw the images over their captions into this PNG")
     add("--batch-size", type=int, default=64, metavar="B", help="images at a time (default: 64)")
     add("--seed", type=int, default=0, help="of temperature, order and length (default: 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
     args = parser.parse_args()
+    check_least(args, count=1, steps=1, batch_size=1, draws=1, temperature=0, seed=0)
+    captions = [word for word in args.score or [] if not os.path.exists(word)]
+    args.images += [word for word in args.score or [] if os.path.exists(word)]
     model, checkpoint = load_captioner(args.ckpt, args.device)
     tokenizer, longest = load_tokenizer(checkpoint["tokenizer"]), model.config.max_tokens
     if args.length not in ("typical", "draw"):
         if not args.length.isdecimal() or not 1 <= int(args.length) <= longest:
             raise UserError(f"--length {args.length}: expected typical, draw or a number from 1 to {longest}")
         args.length = int(args.length)
-    for name in ("steps", "count", "batch_size"):
-        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    if args.temperature < 0 or not 0 <= args.seed < 1 << 63:
-        raise UserError("--temperature and --seed: expected 0 or more")
     if args.sheet and Path(args.sheet).suffix.lower() not in (".png", ".jpg"):
         raise UserError(f"--sheet {args.sheet}: expected a name that ends in .png")
-    if bool(args.dataset) == bool(args.images):
-        raise UserError("expected either images or --dataset, for example: python sample.py --ckpt FILE photo.jpg")
-    side, generator = model.config.image_size, torch.Generator().manual_seed(args.seed)
-    if args.dataset:
-        shards = open_split(args.data_dir, args.dataset, args.split)
-        names = [shards.key(i) for i in range(min(len(shards), args.count or len(shards)))]
-    else:
-        names = find_images(args.images)[:args.count]
+    if bool(args.dataset) == bool(args.images) or (args.score and not captions):
+        raise UserError("expected either images or --dataset, for example: python sample.py --ckpt FILE photo.jpg; "
+                        "and with --score captions")
+    if model.config.objective == "clip" and not args.score:
+        raise UserError(f"{args.ckpt} is a contrastive model, which writes no captions; it ranks them: --score")
+    if model.config.objective == "ar" and args.prompt:
+        raise UserError(f"{args.ckpt} writes from left to right and cannot fill blanks: --prompt needs masked "
+                        "diffusion")
+    given = args.prompt and read_prompt(args.prompt, tokenizer, longest)
+    generator = torch.Generator().manual_seed(args.seed)
+    shards = open_split(args.data_dir, args.dataset, args.split) if args.dataset else None
+    names = [shards.key(i) for i in range(len(shards))] if shards else find_images(args.images)
+    names = names[:args.count]
     if not names:
         raise UserError(f"{args.data_dir}/{args.dataset} has no images in split {args.split}; try --split train")
     sheet_images, sheet_texts = [], []
     for first in range(0, len(names), args.batch_size):
-        images = []
-        for i in range(first, min(first + args.batch_size, len(names))):
+        part, side, images = range(first, min(first + args.batch_size, len(names))), model.config.image_size, []
+        for i in part:
             try:
-                images.append(crop_square(shards.image(i, side) if args.dataset else open_image(names[i], side), side))
+                images.append(crop_square(shards.image(i, side) if shards else open_image(names[i], side), side))
             except BadSample as reason:
                 raise UserError(f"{names[i]}: {reason}") from None
-        lengths = choose_lengths(checkpoint["lengths"], len(images), args.length, generator)
         batch = torch.from_numpy(np.stack(images))
-        states = [(tokens.cpu(), mask.cpu()) for tokens, mask in
-                  caption_images(model, batch, lengths, args.steps, args.order, args.temperature, generator)]
-        for i, name in enumerate(names[first:first + args.batch_size]):
-            frames = [show(tokenizer, tokens[i, :lengths[i]], mask[i, :lengths[i]]) for tokens, mask in states]
+        if captions:
+            print_scores(model, checkpoint, tokenizer, [str(names[i]) for i in part], batch, captions, args.draws,
+                         args.seed)
+            continue
+        lengths = choose_lengths(checkpoint["lengths"], len(images), len(given[0]) if given else args.length, generator)
+        states = [(tokens.cpu(), mask.cpu()) for tokens, mask in caption_images(
+            model, batch, lengths, args.steps, args.order, args.temperature, generator, given)]
+        for i in part:
+            frames = []
+            for tokens, mask in states:
+                tokens, mask = tokens[i - first], mask[i - first]
+                if model.decoder.causal:              # what is not written yet has no place yet
+                    tokens, mask = tokens[~mask], mask[~mask]
+                elif model.config.pads == "hidden":
+                    tokens, mask = tokens[:lengths[i - first]], mask[:lengths[i - first]]
+                frames.append(show(tokenizer, tokens, mask))
             for number, frame in enumerate(frames[:-1] if args.trace else []):
-                print(f"{name}\t{number:2}  {frame}")
-            print(f"{name}\t{frames[-1]}", flush=True)
+                print(f"{names[i]}\t{number:2}  {frame}")
+            print(f"{names[i]}\t{frames[-1]}", flush=True)
             sheet_texts.append([(frames[-1], "black")])
         sheet_images += images if args.sheet else []
-    if args.sheet:
+    if args.sheet and sheet_images:
         contact_sheet(sheet_images, sheet_texts, args.sheet)
 
 

@@ -3,6 +3,7 @@
     python train.py                                                       # the embedded data set, minutes on a CPU
     python train.py --dataset cc3m                                        # one GPU; data.py has made the shards
     torchrun --nproc_per_node=8 train.py --dataset cc3m --model B/16      # eight GPUs
+    python train.py --objective ar                                        # what the paper compares with: ar, bert, ...
 
 Typing the same command again continues a run that was stopped. The global batch (--batch-size) is what counts: how it
 is split into processes and micro-batches changes speed and memory, not the result. OUT (default
@@ -17,16 +18,18 @@ import os
 import platform
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch.nn.parallel import DistributedDataParallel
 
 import diffusion
-from data import Batches, UserError, decode_caption, open_split, prepare, run
+from data import EXCHANGE, Batches, UserError, check_least, open_split, prepare, random_stream, run
 from model import SIZES, Captioner, Config
-from sample import caption_images, choose_lengths, contact_sheet, final, load_captioner, show
+from sample import load_captioner, report, show_example
 
 # What `--dataset NAME` alone means; an explicit option wins. Values for photographs follow Cap and Cluster Masking at
 # academic scale; see "Choices made without the full text" in the README.
@@ -35,13 +38,15 @@ PHOTOGRAPHS = {"model": "B/16", "image_size": 224, "tokenizer": "gpt2", "max_tok
 PRESETS = {
     "shapes": {"model": "tiny", "image_size": 48, "tokenizer": "words:100", "max_tokens": 16, "steps": 1250,
                "batch_size": 32, "lr": 1e-3, "warmup": 100, "weight_decay": 0.05, "crop_scale": 1.0, "t_min": 0.5},
-    "flickr8k": {"model": "tiny", "image_size": 64, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 8.0,
+    "flickr8k": {"model": "tiny", "image_size": 64, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 20.0,
                  "batch_size": 64, "lr": 1e-3, "warmup": 100, "weight_decay": 0.1, "crop_scale": 0.5, "t_min": 0.5},
     "coco": PHOTOGRAPHS | {"model": "S/16", "batch_size": 512, "lr": 1e-3, "warmup": 1000},
     "cc3m": PHOTOGRAPHS,
     "cc12m": PHOTOGRAPHS,
     "recap": PHOTOGRAPHS | {"max_tokens": 128, "epochs": 20.0},
 }
+OBJECTIVES = {"mdc": "masked diffusion captioning", "ar": "autoregressive captioning", "clip": "contrastive learning",
+              "bert": "image-conditioned BERT, one masking ratio", "parallel": "everything masked, one pass"}
 # Options that change where, how fast or how often, but not the weights that come out.
 MAY_CHANGE = {"data_dir", "out", "fresh", "resume", "device", "compile", "workers", "micro_batch", "save_every",
               "eval_every", "log_every"}
@@ -66,9 +71,20 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--model", choices=list(SIZES), help="size of encoder and decoder")
     add("--positions", choices=("sincos", "learned"), default="sincos", help="of the patches (default: sincos)")
-    add("--objective", choices=("mdc",), default="mdc", help="mdc: masked diffusion captioning (default)")
-    add("--t-min", type=float, metavar="T", help="smallest time, that is masking ratio, in [0,1): the paper's is 0.5; "
+    add("--objective", choices=list(OBJECTIVES), default="mdc",
+        help="; ".join(f"{name}: {words}" for name, words in OBJECTIVES.items()) + " (default: mdc)")
+    add("--t-min", type=float, metavar="R", help="mdc: smallest masking ratio 1 - alpha, in [0,1]: the paper's is 0.5; "
         "0 makes the loss a bound on the likelihood")
+    add("--t-max", type=float, default=1.0, metavar="R", help="mdc: largest masking ratio, in (0,1] (default: 1)")
+    add("--mask-ratio", type=float, default=0.5, metavar="R", help="bert: its masking ratio, in (0,1] (default: 0.5)")
+    add("--schedule", choices=list(diffusion.SCHEDULES), default="linear", help="mdc: which masking ratios come how "
+        "often between --t-min and --t-max (default: linear, all alike)")
+    add("--weight", choices=("elbo", "flat"), default="elbo", help="of a masked token: elbo, -alpha'/(1-alpha), which "
+        "is 1/t for linear (default), or flat, 1 (ablation)")
+    add("--loss-per", choices=("token", "caption"), default="token", help="what counts the same in a batch, each token "
+        "or each caption (default: token)")
+    add("--pads", choices=("hidden", "eos"), default="hidden", help="after the end of a caption: hidden, for nothing "
+        "(default), or eos, tokens like others, with which a caption can end by itself")
     group = parser.add_argument_group("optimization")
     add = group.add_argument
     add("--batch-size", type=int, metavar="B", help="images of a step over all processes")
@@ -105,13 +121,15 @@ def parse_args(argv=None):
         if getattr(args, name) and not os.path.isfile(getattr(args, name)):
             raise UserError(f"--{name} {getattr(args, name)}: no such file")
     args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
-    least = dict.fromkeys(("image_size", "batch_size", "micro_batch", "steps", "save_every", "log_every"), 1)
-    least |= dict.fromkeys(("workers", "warmup", "weight_decay", "seed", "lr", "clip", "eval_every", "t_min"), 0)
-    least |= {"max_tokens": 2, "epochs": 0}
-    for name, value in vars(args).items():
-        if (value is not None and name in least and not value >= least[name]) or (name == "epochs" and value == 0) or (
-                name == "t_min" and value >= 1) or (name == "crop_scale" and not 0 < value <= 1):
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; see train.py -h")
+    check_least(args, image_size=1, batch_size=1, micro_batch=1, steps=1, save_every=1, log_every=1, max_tokens=2,
+                workers=0, warmup=0, weight_decay=0, seed=0, lr=0, clip=0, eval_every=0, epochs=1e-9, t_min=0,
+                mask_ratio=1e-9, crop_scale=1e-9)
+    args.ratios = {"bert": (args.mask_ratio,) * 2, "parallel": (1.0, 1.0)}.get(args.objective, (args.t_min, args.t_max))
+    if not args.ratios[0] <= args.ratios[1] <= 1 or not args.ratios[1] > 0:
+        raise UserError(f"masking ratios from {args.ratios[0]} to {args.ratios[1]}: expected 0 <= --t-min <= --t-max "
+                        "<= 1 and --mask-ratio in (0,1]")
+    if args.crop_scale > 1:
+        raise UserError(f"--crop-scale {args.crop_scale}: expected at most 1, which means no crops")
     return args, preset
 
 
@@ -148,15 +166,20 @@ def get_lr(step, peak, warmup, steps):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def split_batch(batch_size, world, micro_batch):
+def split_batch(batch_size, world, micro_batch, contrastive=False):
     """Global batch -> number of equal micro-batches of each process, by default of at most 256 images.
 
-    Raises UserError with the numbers if the images cannot be shared out equally.
+    Raises UserError with the numbers if the images cannot be shared out equally, or if CLIP's would be split: each of
+    its captions is compared with all images of the batch.
     """
     if batch_size % world:
         raise UserError(f"--batch-size {batch_size} cannot be shared out equally among {world} processes")
     share = batch_size // world
-    micro_batch = min(share, micro_batch or next(size for size in range(256, 0, -1) if share % size == 0))
+    if contrastive and (micro_batch or share) < share:
+        raise UserError(f"--micro-batch {micro_batch}: --objective clip needs all {share} images of a process "
+                        f"({batch_size} / {world}) at once; use more processes or a smaller --batch-size")
+    largest = share if contrastive else next(size for size in range(256, 0, -1) if share % size == 0)
+    micro_batch = min(share, micro_batch or largest)
     if share % micro_batch:
         raise UserError(f"--micro-batch {micro_batch}: expected a divisor of {share} "
                         f"({batch_size} images / {world} processes)")
@@ -192,10 +215,10 @@ def to_device(batch, device):
 
 @torch.no_grad()
 def evaluate(model, batches, device, autocast, world):
-    """Validation on all processes, with fixed times and masks -> dict of plain numbers.
+    """Validation on all processes, each with batches of its own, fixed times and masks -> dict of plain numbers.
 
     val_loss   the training objective in nats a token
-    control    the same with each image exchanged for another one of the set; gain = control - val_loss says how
+    control    the same with each image exchanged for another one of its batch; gain = control - val_loss says how
                much the words depend on the image, gain_se is its standard error over captions
     by_ratio   mean -log p of a masked token (unweighted) by masking ratio, in tenths; None where there was none
     """
@@ -203,19 +226,20 @@ def evaluate(model, batches, device, autocast, world):
     home = torch.device("cpu") if device.type == "mps" else device        # MPS has no float64
     zeros = functools.partial(torch.zeros, dtype=torch.float64, device=home)
     sums, bins = zeros(6), zeros(2, BINS)
-    for batch in batches:
+    for number, batch in enumerate(batches):
         batch = to_device(batch, device)
         B, T = batch["mask"].shape
         caption, length = (batch["where"] // T).to(home), batch["valid"].sum(1).to(home).double()
+        shift = 1 + int(random_stream(number, EXCHANGE, 0).integers(B - 1))
         with autocast:
             features = model.encode(batch["images"])
             words = [batch[name] for name in ("tokens", "mask", "valid", "rows", "where")]
-            logits = (model.decoder(model.decoder.read(f), *words) for f in (features, features.roll(1, 0)))
+            logits = (model.decoder(model.decoder.read(f), *words) for f in (features, features.roll(shift, 0)))
             losses = [diffusion.cross_entropy(x, batch["targets"]).to(home).double() for x in logits]
         real, control = (zeros(B).index_add(0, caption, loss * batch["weight"].to(home)) for loss in losses)
         gain = control - real
         sums += torch.stack([length, real, gain, gain * gain, gain * length, length * length]).sum(1)
-        bin_of = (batch["t"].to(home)[caption] * BINS).long().clamp(max=BINS - 1)
+        bin_of = (batch["ratio"].to(home) * BINS).long().clamp(max=BINS - 1)
         bins += torch.stack([zeros(BINS).index_add(0, bin_of, x) for x in (losses[0], torch.ones_like(losses[0]))])
     model.train()
     tokens, real, gain, gain2, gain_length, length2 = add_up(sums, world).tolist()
@@ -224,6 +248,23 @@ def evaluate(model, batches, device, autocast, world):
     total, count = add_up(bins, world).tolist()
     return {"val_loss": real / tokens, "control": (real + gain) / tokens, "gain": ratio, "gain_se": se,
             "by_ratio": [t / c if c else None for t, c in zip(total, count, strict=True)]}
+
+
+@torch.no_grad()
+def evaluate_clip(model, batches, device, autocast):
+    """Validation of CLIP, the same on all processes: the loss, and how often the right one of all captions (images)
+    is among the nearest 1 or 5 of an image (caption); the same caption twice is right twice."""
+    model.eval()
+    with autocast:
+        batches = (to_device(batch, device) for batch in batches)
+        pairs = [model(*(batch[name] for name in ("images", "tokens", "mask", "valid", "rows"))) for batch in batches]
+    model.train()
+    image, text = (torch.cat(side) for side in zip(*pairs, strict=True))
+    figures, logits = {"val_loss": float(diffusion.contrastive_loss(image, text))}, image @ text.T
+    for name, table in (("image_to_text", logits), ("text_to_image", logits.T)):
+        better = (table > table.diagonal()[:, None]).sum(1)
+        figures |= {f"{name}_r{k}": float((better < k).double().mean()) for k in (1, 5)}
+    return figures
 
 
 def save_checkpoint(path, checkpoint):
@@ -261,34 +302,6 @@ def find_checkpoint(args):
     return None
 
 
-def show_example(batch, tokenizer):
-    """Print a training caption, its tokens and a masked view of it: what the model is asked."""
-    tokens, mask, t = batch["tokens"][0], batch["mask"][0], float(batch["t"][0])
-    length = int(batch["valid"][0].sum())
-    print_main(f"a training example, masked at t = {t:.2f}, so every masked word weighs 1/t = {1 / t:.2f}:\n"
-               f"  caption  {decode_caption(tokenizer, tokens)}\n"
-               f"  tokens   {' '.join(str(token) for token in tokens[:length].tolist())}\n"
-               f"  input    {show(tokenizer, tokens[:length], mask[:length])}   and the image")
-
-
-def report(model, val, options, lengths, out, device):
-    """Caption validation images: writes samples.png, returns {"exact": share of captions exactly right} for shapes."""
-    batches = Batches(val, min(100, len(val)), options.image_size, options.max_tokens, options.seed, augment=False)
-    right, total = 0, 0
-    for number in range(-(-len(val) // batches.batch_size) if options.dataset == "shapes" else 1):
-        batch = batches[number]
-        count = len(batch["images"])
-        tokens = final(caption_images(model, batch["images"], choose_lengths(lengths, count)))
-        made, given = ([decode_caption(val.tokenizer, row) for row in rows] for rows in (tokens, batch["tokens"]))
-        right, total = right + sum(a == b for a, b in zip(made, given, strict=True)), total + count
-        if number == 0:
-            shapes = options.dataset == "shapes"
-            texts = [[(a, "green" if a == b else "darkred") if shapes else (a, "black"), (f"given: {b}", "grey")]
-                     for a, b in zip(made[:12], given[:12], strict=True)]
-            contact_sheet(batch["images"][:12], texts, out / "samples.png")
-    return {"exact": right / total} if options.dataset == "shapes" else {}
-
-
 def main():
     """Configuration, data, model, optimizer, loop, report: one after the other."""
     started = time.time()
@@ -301,11 +314,11 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    out = Path(args.out)
+    out, clip = Path(args.out), args.objective == "clip"
     out.mkdir(parents=True, exist_ok=True)
 
     # data
-    print_main(f"nanoMDC: masked diffusion captioning on {args.dataset} -> {out}\n{reason}")
+    print_main(f"nanoMDC: {OBJECTIVES[args.objective]} on {args.dataset} -> {out}\n{reason}")
     print_main(f"preset {args.dataset if args.dataset in PRESETS else 'cc3m'}: "
                + ", ".join(f"{name} {getattr(args, name)}" for name in preset))
     if args.dataset == "shapes":
@@ -324,7 +337,7 @@ def main():
             raise UserError(f"{shards.folder} was made for images of {shards.meta['image_size']} px, --image-size is "
                             f"{args.image_size}; {again} --image-size {args.image_size}")
     args.steps = args.steps or max(1, round(args.epochs * len(train) / args.batch_size))
-    accumulation = split_batch(args.batch_size, world, args.micro_batch)
+    accumulation = split_batch(args.batch_size, world, args.micro_batch, clip)
     lengths = {}
     for length, count in train.lengths.items():
         lengths[min(length, args.max_tokens)] = lengths.get(min(length, args.max_tokens), 0) + count
@@ -334,7 +347,8 @@ def main():
                f"average; {args.steps:,} steps of {args.batch_size} images = {epochs:.1f} epochs")
 
     # model
-    config = Config(args.model, args.image_size, train.tokenizer.n_vocab, args.max_tokens, args.positions)
+    config = Config(args.model, args.image_size, train.tokenizer.n_vocab, args.max_tokens, train.tokenizer.eot_token,
+                    args.pads, args.positions, args.objective if args.objective in ("ar", "clip") else "mdc")
     checkpoint = find_checkpoint(args)
     if checkpoint and checkpoint["step"] == args.steps and (out / "final.json").exists():
         print_main(f"this run is finished ({args.steps:,} steps); --fresh starts over")
@@ -343,8 +357,8 @@ def main():
         model = Captioner(config)
     except ValueError as problem:
         raise UserError(problem) from None
-    if checkpoint and checkpoint["tokenizer"] != train.meta["tokenizer"]:
-        raise UserError(f"{train.folder} was tokenized anew since {out} was trained: use --fresh, or another --out")
+    if checkpoint and checkpoint["shards"] != train.digest:
+        raise UserError(f"{train.folder} was made anew since {out} was trained: use --fresh, or another --out")
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     elif args.init:
@@ -372,22 +386,24 @@ def main():
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     # batches: everything random about them is decided in the loader, by (seed, step, place in the global batch)
-    view = functools.partial(diffusion.training_batch, t_min=args.t_min)
-    same = {name: getattr(args, name) for name in ("image_size", "max_tokens", "seed")} | {"rank": rank, "world": world}
-    corrupt = functools.partial(view, batch_size=args.batch_size, tokens_in_batch=args.batch_size * mean_length)
+    view = functools.partial(diffusion.training_batch, objective=args.objective, ratios=args.ratios,
+                             schedule=args.schedule)
+    same = {name: getattr(args, name) for name in ("image_size", "max_tokens", "seed", "pads")}
+    per_token = {"token": args.max_tokens if args.pads == "eos" else mean_length, "caption": None}[args.loss_per]
+    corrupt = functools.partial(view, batch_size=args.batch_size, mean_length=per_token, flat=args.weight == "flat")
     batches = Batches(train, args.batch_size, crop_scale=args.crop_scale, flip=args.flip, accumulation=accumulation,
-                      transform=corrupt, **same)
-    eval_size = min(EVAL_BATCH, len(val)) if len(val) >= 2 * world else 0     # each process exchanges its own images
-    corrupt = functools.partial(view, batch_size=eval_size, tokens_in_batch=1.0)
-    checks = Batches(val, eval_size, augment=False, transform=corrupt, **same)
+                      transform=corrupt, rank=rank, world=world, **same)
+    corrupt = functools.partial(view, batch_size=EVAL_BATCH, mean_length=1 / EVAL_BATCH)     # sums of nats, no means
+    checks = Batches(val, EVAL_BATCH, augment=False, transform=corrupt, **same)
+    eval_count = min(EVAL_BATCHES, (len(val) + EVAL_BATCH - 2) // EVAL_BATCH)     # a single image cannot be exchanged
     cuda = device.type == "cuda"
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = args.workers if args.workers is not None else max(1, min(16, cores)) if cuda else 0
     loader = functools.partial(torch.utils.data.DataLoader, batch_size=None, num_workers=workers, pin_memory=cuda)
     first = checkpoint["step"] if checkpoint else 0
     stream = iter(loader(batches, sampler=range(first * accumulation, args.steps * accumulation)))
     if not checkpoint:
-        show_example(batches[0], train.tokenizer)
+        print_main(show_example(batches[0], train.tokenizer, args.objective))
 
     # loop
     log_file = out / "log.jsonl"
@@ -404,13 +420,25 @@ def main():
                 file.write(json.dumps(record) + "\n")
 
     def validate(step):
-        numbers = range(min(EVAL_BATCHES, len(val) // eval_size))         # whole batches, the same number on all ranks
-        figures = evaluate(model, loader(checks, sampler=numbers), device, autocast, world)
+        if clip:
+            figures = evaluate_clip(model, loader(checks, sampler=range(eval_count)), device, autocast)
+            said = "".join(f", {name.replace('_', ' ')} {value:.1%}" for name, value in figures.items() if "_r" in name)
+        else:
+            mine = loader(checks, sampler=range(rank, eval_count, world))
+            figures = evaluate(model, mine, device, autocast, world)
+            said = (f", with exchanged images {figures['control']:.4f}: the image is worth {figures['gain']:.3f} "
+                    f"± {figures['gain_se']:.3f} nats a token")
         log({"step": step, "event": "eval"} | figures)
-        print_main(f"step {step:6,}  validation loss {figures['val_loss']:.4f}, with exchanged images "
-                   f"{figures['control']:.4f}: the image is worth {figures['gain']:.3f} "
-                   f"± {figures['gain_se']:.3f} nats a token")
+        print_main(f"step {step:6,}  validation loss {figures['val_loss']:.4f}{said}")
         return figures
+
+    def loss_of(outputs, batch):
+        """This process's part of the loss of the global batch; the parts add up."""
+        if not clip:
+            return (diffusion.cross_entropy(outputs, batch["targets"]) * batch["weight"]).sum()
+        gather = dist.nn.functional.all_gather                    # also carries gradients back to where they belong
+        everybody = [torch.cat(gather(side)) for side in outputs] if world > 1 else outputs
+        return diffusion.contrastive_loss(*outputs, *everybody, first=rank * len(outputs[0]))
 
     total, waited, since, since_step, begun = torch.zeros((), device=device), 0.0, time.time(), first, time.time()
     for step in range(first, args.steps):
@@ -426,8 +454,8 @@ def main():
             with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
                 with autocast:
                     inputs = (batch[name] for name in ("images", "tokens", "mask", "valid", "rows", "where"))
-                    logits = step_model(*inputs)
-                loss = (diffusion.cross_entropy(logits, batch["targets"]) * batch["weight"]).sum()
+                    outputs = step_model(*inputs)
+                loss = loss_of(outputs, batch)
                 (loss * world).backward()                         # DDP takes the mean over processes, we want the sum
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -452,18 +480,18 @@ def main():
         if save and rank == 0:
             save_checkpoint(out / "ckpt.pt", {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
-                "config": config.to_dict(), "options": vars(args), "lengths": lengths,
-                "tokenizer": train.meta["tokenizer"]})
-        if args.eval_every and done % args.eval_every == 0 and done < args.steps and eval_size:
+                "config": asdict(config), "options": vars(args), "lengths": lengths,
+                "tokenizer": train.meta["tokenizer"], "shards": train.digest})
+        if args.eval_every and done % args.eval_every == 0 and done < args.steps and eval_count:
             paused = time.time()
             validate(done)
             since, begun = since + time.time() - paused, begun + time.time() - paused
 
     # report
-    figures = validate(args.steps) if eval_size else {}
+    figures = validate(args.steps) if eval_count else {}
     if rank == 0:
         model.eval()
-        figures |= report(model, val, args, lengths, out, device) if len(val) else {}
+        figures |= report(model, val, args.seed, lengths, out / "samples.png") if len(val) and not clip else {}
         figures |= {"minutes": (time.time() - started) / 60, "machine": f"{platform.machine()}, {reason}"}
         record = {"step": args.steps, "event": "final"} | figures
         log(record)
@@ -476,19 +504,22 @@ def main():
 
 def print_end(record, args):
     """What was reached, and the commands to type next."""
-    if "val_loss" in record:
+    if "gain" in record:
+        ratios = {f"{(i + 0.5) / BINS:.0%}": value for i, value in enumerate(record["by_ratio"]) if value is not None}
         print_main(f"\nvalidation loss {record['val_loss']:.4f} nats a token; with exchanged images "
-                   f"{record['gain']:.3f} more (standard error {record['gain_se']:.3f})")
+                   f"{record['gain']:.3f} more (standard error {record['gain_se']:.3f})\nnats of a hidden token by the "
+                   "share that is hidden: " + ", ".join(f"{share} {value:.3f}" for share, value in ratios.items()))
     if "exact" in record:
         print_main(f"{record['exact']:.1%} of the held-out captions are exactly right, every word of them")
-    print_main(f"{record['minutes']:.1f} minutes; captions of validation images in {args.out}/samples.png\nnext:")
+    print_main(f"{record['minutes']:.1f} minutes, log and checkpoint in {args.out}\nnext:")
     what = f"--ckpt {args.out}/ckpt.pt"
-    print_main(f"  python sample.py {what} --dataset {args.dataset} --split val --trace --count 3")
-    if args.dataset == "shapes":
-        print_main(f"  python probe.py {what} --dataset shapes")
+    if args.objective == "clip":
+        print_main(f'  python sample.py {what} --score "a dog" "a red circle" photo.jpg')
     else:
-        print_main(f"  python sample.py {what} photo.jpg")
-        print_main(f"  python probe.py {what} --dataset cifar10 --source raw/cifar10")
+        print_main(f"  python sample.py {what} --dataset {args.dataset} --split val --trace --count 3")
+        print_main(f"  python sample.py {what} photo.jpg     # captions of validation images: {args.out}/samples.png")
+    labels = "shapes" if args.dataset == "shapes" else "cifar10 --source raw/cifar10"
+    print_main(f"  python probe.py {what} --dataset {labels}")
 
 
 if __name__ == "__main__":

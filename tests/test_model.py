@@ -10,12 +10,13 @@ import torch.nn.functional as F
 
 import diffusion
 from model import SIZES, Captioner, Config, attend
+from sample import caption_images, score_captions
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = Captioner(Config("tiny", 16, 50, 12)).eval()
+    model = Captioner(Config("tiny", 16, 50, 12, eos=49)).eval()
     torch.nn.init.normal_(model.decoder.head.weight)
     return model
 
@@ -61,12 +62,72 @@ def test_the_mask_hides_its_token_and_nothing_else_does(model, batch):
     assert model(**batch).shape[-1] == 50, "[MASK] has an output column"
 
 
-def test_the_causal_decoder_does_not_look_ahead(model, batch):
-    logits = model(**batch, causal=True)
-    batch["tokens"][:, 4] = (batch["tokens"][:, 4] + 1) % 50
-    batch["mask"][:, 4] = False
-    later = model(**batch, causal=True)
-    assert torch.equal(later[:, :4], logits[:, :4]) and not torch.allclose(later[0, 4:7], logits[0, 4:7])
+@pytest.fixture(scope="module")
+def causal():
+    torch.manual_seed(0)
+    model = Captioner(Config("tiny", 16, 50, 12, eos=49, objective="ar")).eval()
+    torch.nn.init.normal_(model.decoder.head.weight)
+    return model
+
+
+def test_no_logit_of_the_causal_decoder_depends_on_its_own_token_or_a_later_one(causal, batch):
+    def logits(tokens):
+        inputs, mask = diffusion.shift_right(tokens)
+        return causal(**batch | {"tokens": inputs, "mask": mask})
+
+    for j in range(7):
+        changed = batch["tokens"].index_fill(1, torch.tensor(j), 0)
+        before, after = logits(batch["tokens"])[:1], logits(changed)[:1]
+        assert torch.equal(before[:, : j + 1], after[:, : j + 1]), f"token {j} is seen too early"
+        assert j == 6 or not torch.allclose(before[:, j + 1 : 7], after[:, j + 1 : 7]), f"token {j} is not seen"
+
+
+def test_cached_left_to_right_decoding_is_the_uncached(causal, batch):
+    kv = causal.decoder.read(causal.encode(batch["images"]))
+    caches = [[] for _ in causal.decoder.blocks]
+    for i in range(6):
+        cached = causal.decoder.next_word(kv, batch["tokens"][:, i - 1], i, caches)
+        inputs, mask = diffusion.shift_right(batch["tokens"][:, : i + 1])
+        whole = causal.decoder(kv, inputs, mask, torch.ones_like(mask))[:, i]
+        torch.testing.assert_close(cached, whole, atol=1e-4, rtol=1e-4)
+    words = [list(caption_images(causal, batch["images"], None))[-1][0] for _ in range(2)]
+    assert torch.equal(*words)
+
+
+def test_log_p_of_all_captions_sums_to_one_left_to_right():
+    """Chain rule by enumeration: three words, of which word 2 ends a caption, at most three tokens."""
+    torch.manual_seed(0)
+    model = Captioner(Config("tiny", 16, 3, 3, eos=2, objective="ar")).eval()
+    torch.nn.init.normal_(model.decoder.head.weight, std=0.3)
+    features = model.encode(torch.randint(256, (1, 16, 16, 3), dtype=torch.uint8))
+    ended = [[2]] + [[a, 2] for a in range(2)] + [[a, b, c] for a in range(2) for b in range(2) for c in range(3)]
+    scores = score_captions(model, features.expand(len(ended), -1, -1), ended)
+    assert scores.exp().sum().item() == pytest.approx(1, abs=1e-5) and scores.std() > 0.1
+
+
+def test_score_does_not_depend_on_the_other_captions(model, causal):
+    images = torch.randint(256, (2, 16, 16, 3), dtype=torch.uint8)
+    captions = [[1, 2, 3, 4, 5, 49], [7, 49]]
+    for one in (model, causal):
+        features = one.encode(images)
+        for rule in diffusion.RULES:
+            both = score_captions(one, features, captions, rule)
+            alone = [score_captions(one, features[i : i + 1], captions[i : i + 1], rule) for i in range(2)]
+            torch.testing.assert_close(both, torch.cat(alone), atol=1e-3, rtol=1e-4)
+
+
+def test_clip_scores_are_cosines_and_its_temperature_is_clamped(batch):
+    model = Captioner(Config("tiny", 16, 50, 12, eos=49, objective="clip")).eval()
+    features = model.encode(batch["images"])
+    image, text = model.match(features, batch["tokens"], batch["valid"])
+    torch.testing.assert_close(text.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(image.norm(dim=1), torch.full((3,), 1 / 0.07))
+    captions = [batch["tokens"][i, : batch["valid"][i].sum()].tolist() for i in range(3)]
+    torch.testing.assert_close(score_captions(model, features, captions).float(), (image * text).sum(1) * 0.07)
+    model.log_scale.data.fill_(9.0)
+    torch.testing.assert_close(
+        model.match(features, batch["tokens"], batch["valid"])[0].norm(dim=1), torch.full((3,), 100.0)
+    )
 
 
 def test_image_read_once_is_the_image_read_every_time(model, batch):
@@ -79,20 +140,22 @@ def test_image_read_once_is_the_image_read_every_time(model, batch):
 
 
 def test_attention_by_hand_is_attention():
-    q, k, v = torch.randn(3, 2, 2, 5, 8).unbind(0)
+    q, k, v = torch.randn(3, 2, 5, 16).unbind(0)
     bias = torch.zeros(2, 1, 1, 5).masked_fill(torch.tensor([False, False, True, False, True]), -torch.inf)
-    torch.testing.assert_close(attend(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, bias))
+    heads = [x.view(2, 5, 2, 8).transpose(1, 2) for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*heads, bias).transpose(1, 2).reshape(2, 5, 16)
+    torch.testing.assert_close(attend(q, k, v, 2, bias), expected)
 
 
 def test_first_loss_is_log_vocabulary(batch):
-    model = Captioner(Config("tiny", 16, 50, 12))
+    model = Captioner(Config("tiny", 16, 50, 12, eos=49))
     where = batch["mask"].flatten().nonzero().squeeze(1)
     loss = diffusion.cross_entropy(model(**batch, where=where), batch["tokens"].flatten()[where])
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(50)))
 
 
 def test_a_batch_without_masked_words_trains_nothing_but_breaks_nothing(batch):
-    model = Captioner(Config("tiny", 16, 50, 12))
+    model = Captioner(Config("tiny", 16, 50, 12, eos=49))
     none = torch.zeros(0, dtype=torch.long)
     logits = model(**batch | {"mask": torch.zeros_like(batch["mask"])}, where=none)
     diffusion.cross_entropy(logits, none).sum().backward()

@@ -40,6 +40,10 @@ def losses(out):
     ]
 
 
+def final(out):
+    return json.loads((out / "final.json").read_text())
+
+
 def weights(out):
     return torch.load(out / "ckpt.pt", weights_only=True)["model"]
 
@@ -49,6 +53,7 @@ def finished(shapes, tmp_path_factory):
     """A run of six steps, its folder and its output."""
     import subprocess
     import sys
+
     from conftest import ROOT
 
     out = tmp_path_factory.mktemp("out") / "run"
@@ -113,35 +118,51 @@ def test_the_same_command_again_says_that_the_run_is_finished(finished, shapes, 
     assert "--seed was 0, now 1" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("how", ["two processes", "micro-batches"])
-def test_the_loss_is_a_matter_of_the_global_batch_only(how, finished, shapes, tmp_path, script):
-    launch = (
-        ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511") if how == "two processes" else ()
-    )
-    extra = ("--micro-batch", 2)
-    script("train.py", *TINY, "--data-dir", shapes, "--out", tmp_path / "run", "--steps", 6, *extra, launch=launch)
+def test_micro_batches_do_not_change_the_loss(finished, shapes, tmp_path, script):
+    script("train.py", *TINY, "--data-dir", shapes, "--out", tmp_path / "run", "--steps", 6, "--micro-batch", 2)
     torch.testing.assert_close(losses(tmp_path / "run"), losses(finished[0]), atol=1e-5, rtol=0)
 
 
-def test_one_batch_overfits(shapes):
+@pytest.mark.parametrize("objective", train.OBJECTIVES)
+def test_the_number_of_processes_does_not_change_the_loss(objective, finished, shapes, tmp_path, script):
+    command = ("train.py", *TINY, "--data-dir", shapes, "--steps", 6, "--objective", objective)
+    if objective != "mdc":
+        script(*command, "--out", tmp_path / "one")
+    two = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={29511 + len(objective)}")
+    script(*command, "--out", tmp_path / "two", launch=two)
+    one = tmp_path / "one" if objective != "mdc" else finished[0]
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(one), atol=1e-5, rtol=0)
+    same = {name: value for name, value in final(one).items() if name not in ("minutes", "machine")}
+    for name, value in same.items():
+        assert final(tmp_path / "two")[name] == pytest.approx(value, abs=1e-4), name
+
+
+@pytest.mark.parametrize("objective", train.OBJECTIVES)
+def test_one_batch_overfits(shapes, objective):
     import diffusion
     from data import Batches, open_split
     from model import Captioner, Config
 
     split = open_split(shapes, "shapes", "train")
     torch.manual_seed(0)
-    model = Captioner(Config("tiny", 16, split.tokenizer.n_vocab, 16))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    batch = Batches(split, 4, 16, 16, 0)[0]
+    model = Captioner(Config("tiny", 16, split.tokenizer.n_vocab, 16, objective=objective))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4 if objective == "clip" else 1e-3)
+    batch, loss = Batches(split, 4, 16, 16, 0)[0], torch.tensor(9.0)
+    ratios = {"parallel": (1.0, 1.0), "bert": (0.6, 0.6)}.get(objective, (0.5, 1.0))
     for step in range(400):
         batch["noise"], batch["u"] = torch.rand(4, 16, generator=torch.Generator().manual_seed(step)), step * 0.618 % 1
-        view = diffusion.training_batch(batch, 4, 52.0)
-        logits = model(*(view[name] for name in ("images", "tokens", "mask", "valid", "rows", "where")))
-        loss = (diffusion.cross_entropy(logits, view["targets"]) * view["weight"]).sum()
+        view = diffusion.training_batch(batch, objective, 4, 13.0, ratios)
+        outputs = model(*(view[name] for name in ("images", "tokens", "mask", "valid", "rows", "where")))
+        if objective == "clip":
+            loss = diffusion.contrastive_loss(*outputs)
+        else:
+            loss = (diffusion.cross_entropy(outputs, view["targets"]) * view["weight"]).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss.item() < 0.05
+        if loss.item() < 0.04 and step > 100:
+            return
+    raise AssertionError(f"the loss is still {loss.item()}")
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
