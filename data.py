@@ -530,10 +530,11 @@ class Shards:
         self.first = samples - held_out if part == "held_out" else 0 * samples
         self.counts = {"all": samples, "train": samples - held_out, "held_out": held_out}[part]
         self.ends = np.cumsum(self.counts)
+        self.total = int(self.ends[-1])               # may be lowered: the first so many
         self.maps = [None] * len(samples)
 
     def __len__(self):
-        return int(self.ends[-1])
+        return self.total
 
     def _open(self, number):
         """Map shard `number` -> (bytes, samples, token_ends, tokens), checked."""

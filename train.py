@@ -67,6 +67,7 @@ def parse_args(argv=None):
     add("--max-tokens", type=int, metavar="N", help="longest caption with its EOS; longer ones are cut, EOS kept")
     add("--workers", type=int, metavar="N", help="loader processes a rank; 0 loads in the training process "
         "(default: on CUDA the cores divided by the ranks, at most 16; else 0)")
+    add("--pairs", type=int, metavar="N", help="train on the first N images only (default: on all)")
     group = parser.add_argument_group("model and objective")
     add = group.add_argument
     add("--model", choices=list(SIZES), help="size of encoder and decoder")
@@ -121,7 +122,7 @@ def parse_args(argv=None):
         if getattr(args, name) and not os.path.isfile(getattr(args, name)):
             raise UserError(f"--{name} {getattr(args, name)}: no such file")
     args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
-    check_least(args, image_size=1, batch_size=1, micro_batch=1, steps=1, save_every=1, log_every=1, max_tokens=2,
+    check_least(args, image_size=1, batch_size=1, micro_batch=1, pairs=1, steps=1, save_every=1, log_every=1, max_tokens=2,
                 workers=0, warmup=0, weight_decay=0, seed=0, lr=0, clip=0, eval_every=0, epochs=1e-9, t_min=0,
                 mask_ratio=1e-9, crop_scale=1e-9)
     args.ratios = {"bert": (args.mask_ratio,) * 2, "parallel": (1.0, 1.0)}.get(args.objective, (args.t_min, args.t_max))
@@ -327,6 +328,7 @@ def main():
                 print_main(f"drawing the embedded data set, split {split}, into {args.data_dir}/shapes (once)")
                 prepare("shapes", split, args.data_dir, image_size=args.image_size, tokenizer=args.tokenizer)
     train, val = (open_split(args.data_dir, args.dataset, split) for split in ("train", "val"))
+    train.total = min(len(train), args.pairs or len(train))
     for shards in (train, val):
         again = (f"prepare it again: python data.py --dataset {args.dataset} --split {shards.folder.name} --source ... "
                  "--fresh")
