@@ -162,8 +162,9 @@ def print_scores(model, checkpoint, tokenizer, names, images, captions, draws, s
     lengthy = torch.tensor([length_term(checkpoint["lengths"], int(n), longest) for n in lengths]).double()
     features = model.encode(images.to(next(model.parameters()).device))
     for i, name in enumerate(names):
-        def score(*rule, image=i, **options):
-            return score_captions(model, features[image].expand(len(tokens), -1, -1), tokens, *rule, draws, seed, **options)
+        def score(rule, image=i, ratios=(0.0, 1.0)):
+            expanded = features[image].expand(len(tokens), -1, -1)
+            return score_captions(model, expanded, tokens, rule, draws, seed, ratios)
 
         columns = {{"clip": "cosine", "ar": "log p"}.get(objective, "bound"): (total := score("monte-carlo"))}
         if objective != "clip":

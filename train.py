@@ -56,8 +56,7 @@ EVAL_BATCH, EVAL_BATCHES, BINS = 128, 8, 10
 def parse_args(argv=None):
     """Command line -> (namespace with the data set's preset filled in, the preset)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("data (defaults of most options: the data set's preset, printed at the start)")
-    add = group.add_argument
+    add = parser.add_argument_group("data (defaults of most options: the preset, printed first)").add_argument
     add("--dataset", default="shapes", help="name under DATA_DIR; presets: " + ", ".join(PRESETS) + " (others: cc3m's)")
     add("--data-dir", default="data", metavar="DIR", help="where data.py put the shards (default: data)")
     add("--image-size", type=int, metavar="PX", help="pixels of the square that the encoder sees")
@@ -65,11 +64,10 @@ def parse_args(argv=None):
     add("--flip", action="store_true", help="mirror half of the images; off by default, because captions say left")
     add("--tokenizer", metavar="NAME", help="has to be the shards'; see data.py")
     add("--max-tokens", type=int, metavar="N", help="longest caption with its EOS; longer ones are cut, EOS kept")
-    add("--workers", type=int, metavar="N", help="loader processes a rank; 0 loads in the training process "
-        "(default: on CUDA the cores divided by the ranks, at most 16; else 0)")
     add("--pairs", type=int, metavar="N", help="train on the first N images only (default: on all)")
-    group = parser.add_argument_group("model and objective")
-    add = group.add_argument
+    add("--workers", type=int, metavar="N", help="loader processes a rank; 0 loads in the training process (default: "
+        "on CUDA the cores divided by the ranks, at most 16; else 0)")
+    add = parser.add_argument_group("model and objective").add_argument
     add("--model", choices=list(SIZES), help="size of encoder and decoder")
     add("--positions", choices=("sincos", "learned"), default="sincos", help="of the patches (default: sincos)")
     add("--objective", choices=list(OBJECTIVES), default="mdc",
@@ -78,19 +76,17 @@ def parse_args(argv=None):
         "0 makes the loss a bound on the likelihood")
     add("--t-max", type=float, default=1.0, metavar="R", help="mdc: largest masking ratio, in (0,1] (default: 1)")
     add("--mask-ratio", type=float, default=0.5, metavar="R", help="bert: its masking ratio, in (0,1] (default: 0.5)")
-    add("--schedule", choices=list(diffusion.SCHEDULES), default="linear", help="mdc: which masking ratios come how "
-        "often between --t-min and --t-max (default: linear, all alike)")
+    add("--schedule", choices=list(diffusion.SCHEDULES), default="linear", help="mdc: how often each ratio between "
+        "--t-min and --t-max comes (default: linear, all alike)")
     add("--weight", choices=("elbo", "flat"), default="elbo", help="of a masked token: elbo, -alpha'/(1-alpha), which "
         "is 1/t for linear (default), or flat, 1 (ablation)")
-    add("--loss-per", choices=("token", "caption"), default="token", help="what counts the same in a batch, each token "
-        "or each caption (default: token)")
+    add("--loss-per", choices=("token", "caption"), default="token", help="what counts the same (default: token)")
     add("--pads", choices=("hidden", "eos"), default="hidden", help="after the end of a caption: hidden, for nothing "
         "(default), or eos, tokens like others, with which a caption can end by itself")
-    group = parser.add_argument_group("optimization")
-    add = group.add_argument
+    add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=int, metavar="B", help="images of a step over all processes")
-    add("--micro-batch", type=int, metavar="B", help="images a process takes at a time; fewer need less memory, "
-        "with the same result (default: at most 256)")
+    add("--micro-batch", type=int, metavar="B", help="images a process takes at a time: memory, not the result "
+        "(default: at most 256)")
     add("--steps", type=int, metavar="N", help="length of the run; or give --epochs")
     add("--epochs", type=float, metavar="X", help="length of the run in passes over the images")
     add("--lr", type=float, help="peak learning rate of AdamW (betas 0.9, 0.98), cosine to 0")
@@ -99,8 +95,7 @@ def parse_args(argv=None):
     add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm; inf turns it off (default: 1)")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks (default: 0)")
     add("--init", metavar="CKPT", help="start from the weights of another run (fine-tuning)")
-    group = parser.add_argument_group("machine and output")
-    add = group.add_argument
+    add = parser.add_argument_group("machine and output").add_argument
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: the first of these there is")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of matrix products (default: "
         "bfloat16 where the hardware has it)")
@@ -108,23 +103,22 @@ def parse_args(argv=None):
     add("--out", metavar="DIR", help="default: out/DATASET-MODEL-OBJECTIVE")
     add("--resume", metavar="CKPT", help="continue from this checkpoint instead of OUT/ckpt.pt")
     add("--fresh", action="store_true", help="start over and replace what is in OUT")
-    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
-    add("--eval-every", type=int, default=500, metavar="N", help="steps between validations; 0: only at the end "
-        "(default: 500)")
-    add("--log-every", type=int, default=50, metavar="N", help="steps between log lines (default: 50)")
+    for name, what in (("save", "checkpoints"), ("eval", "validations (0: only at the end)"), ("log", "log lines")):
+        steps = 50 if name == "log" else 500
+        add(f"--{name}-every", type=int, default=steps, metavar="N", help=f"steps between {what} (default: {steps})")
     args = parser.parse_args(argv)
     preset = PRESETS.get(args.dataset, PHOTOGRAPHS)
+    lengths = ("steps", "epochs") if args.steps or args.epochs else ()
     for name, value in preset.items():
-        if getattr(args, name) is None and not (
-                name in ("steps", "epochs") and (args.steps, args.epochs) != (None, None)):
+        if getattr(args, name) is None and name not in lengths:
             setattr(args, name, value)
     for name in ("resume", "init"):
         if getattr(args, name) and not os.path.isfile(getattr(args, name)):
             raise UserError(f"--{name} {getattr(args, name)}: no such file")
     args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
-    check_least(args, image_size=1, batch_size=1, micro_batch=1, pairs=1, steps=1, save_every=1, log_every=1, max_tokens=2,
-                workers=0, warmup=0, weight_decay=0, seed=0, lr=0, clip=0, eval_every=0, epochs=1e-9, t_min=0,
-                mask_ratio=1e-9, crop_scale=1e-9)
+    check_least(args, image_size=1, batch_size=1, micro_batch=1, pairs=1, steps=1, save_every=1, log_every=1,
+                max_tokens=2, workers=0, warmup=0, weight_decay=0, seed=0, lr=0, clip=0, eval_every=0, epochs=1e-9,
+                t_min=0, mask_ratio=1e-9, crop_scale=1e-9)
     args.ratios = {"bert": (args.mask_ratio,) * 2, "parallel": (1.0, 1.0)}.get(args.objective, (args.t_min, args.t_max))
     if not args.ratios[0] <= args.ratios[1] <= 1 or not args.ratios[1] > 0:
         raise UserError(f"masking ratios from {args.ratios[0]} to {args.ratios[1]}: expected 0 <= --t-min <= --t-max "
@@ -280,18 +274,14 @@ def save_checkpoint(path, checkpoint):
 
 def find_checkpoint(args):
     """The run to continue: the checkpoint's dict, or None for a new run. Raises UserError if options have changed."""
-    if args.fresh:
-        return None
-    found = [Path(args.resume)] if args.resume else [Path(args.out) / name for name in ("ckpt.pt", "ckpt-previous.pt")]
-    found = [path for path in found if path.exists()]
-    for path in found:
+    paths = [Path(args.resume)] if args.resume else [Path(args.out) / name for name in ("ckpt.pt", "ckpt-previous.pt")]
+    paths = [] if args.fresh else [path for path in paths if path.exists()]
+    for path in paths:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             options = checkpoint["options"]
-        except Exception as problem:
-            if path == found[-1]:
-                raise UserError(f"{path} cannot be read ({type(problem).__name__}): start over with --fresh") from None
-            print_main(f"{path} cannot be read ({type(problem).__name__}); trying {found[-1]}")
+        except Exception as problem:                              # a file cut short can break in any way
+            print_main(f"{path} cannot be read ({type(problem).__name__})")
             continue
         changed = [f"--{name.replace('_', '-')} was {options.get(name)}, now {value}"
                    for name, value in vars(args).items() if name not in MAY_CHANGE and options.get(name) != value]
@@ -300,6 +290,8 @@ def find_checkpoint(args):
                             "--fresh or another --out")
         print_main(f"continuing {path} at step {checkpoint['step']:,}")
         return checkpoint
+    if paths:
+        raise UserError(f"no checkpoint in {args.out} can be read: start over with --fresh")
     return None
 
 

@@ -25,7 +25,7 @@ from model import Captioner  # noqa: E402
 
 OUT = ROOT / "out" / "miniature"
 STEPS = 900  # fewer than the preset's: at its end, the best would be at 97 to 100 % of everything
-LABELS, SCORED, DRAWS = 200, 512, 16  # labelled images of the probe; captions scored, with so many random masks each
+LABELS, SCORED, DRAWS = 100, 512, 16  # labelled images of the probe; captions scored, with so many random masks each
 TABLE, RATIOS, PAIRS = ("mdc", "ar", "bert", "parallel", "clip"), (0.15, 0.3, 0.7, 0.9), (625, 1250, 2500, 5000)
 
 

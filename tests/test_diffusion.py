@@ -240,10 +240,10 @@ def exact_bound(predict, x):
     """Mean over l, then over all states with l masks, of (L/l) sum_masked log p."""
     L, states, total = len(x), all_masks(len(x)), 0.0
     for mask in states[states.any(1)]:
-        l = int(mask.sum())
+        masked = int(mask.sum())
         where = mask.nonzero().squeeze(1)
-        log_p = predict(x[None], mask[None], where).double().log_softmax(1)[torch.arange(l), x[where]].sum()
-        total += float(log_p) * L / l / L / math.comb(L, l)
+        log_p = predict(x[None], mask[None], where).double().log_softmax(1)[torch.arange(masked), x[where]].sum()
+        total += float(log_p) * L / masked / L / math.comb(L, masked)
     return total
 
 
