@@ -632,7 +632,7 @@ class Batches(torch.utils.data.Dataset):
 
     `transform` (dict -> dict) runs in the worker. An item has
         images [B,S,S,3] uint8   tokens [B,T]   valid [B,T] bool, False at pads   noise [B,T] uniform in [0,1)
-        u, one number in [0,1) for the whole global batch   index [B] places in the global batch
+        u, one number in [0,1) for the whole global batch   index [B] places in the global batch   length [B]
     with T the longest caption of the item rounded up to a multiple of 8, to spare compiled graphs. With pads="eos" T is
     max_tokens and pads are tokens like others.
     """
@@ -658,7 +658,8 @@ class Batches(torch.utils.data.Dataset):
         valid = np.arange(T) < np.array([T if self.pads == "eos" else len(caption) for caption in captions])[:, None]
         batch = {"images": torch.from_numpy(np.stack(images)), "tokens": torch.from_numpy(tokens),
                  "valid": torch.from_numpy(valid), "noise": torch.from_numpy(np.stack(noise)[:, :T]),
-                 "u": random_stream(self.seed, TIME, step).random(), "index": torch.from_numpy(index)}
+                 "u": random_stream(self.seed, TIME, step).random(), "index": torch.from_numpy(index),
+                 "length": torch.tensor([len(caption) for caption in captions])}
         return self.transform(batch) if self.transform else batch
 
     def sample(self, number):

@@ -31,12 +31,12 @@ def linear(t):
 
 
 def cosine(t):
-    """alpha_t = 1 - cos(pi/2 (1 - t)), MD4's favourite: most of the time is spent at few masks."""
+    """alpha_t = 1 - cos(pi/2 (1 - t)), MD4's favourite: more of the time at many masks, half of it above 71 %."""
     return 1 - torch.cos(math.pi / 2 * (1 - t))
 
 
 def geometric(t):
-    """alpha_t = exp(-b), with b growing geometrically from 1e-5 to 20 (MD4, variational diffusion)."""
+    """alpha_t = exp(-b), with b growing geometrically from 1e-5 to 20 (MD4): most of the time at few masks."""
     return torch.exp(-(1e-5 ** (1 - t)) * 20.0 ** t)
 
 
@@ -91,7 +91,7 @@ def training_batch(batch, objective, batch_size, mean_length=None, ratios=(0.5, 
     """What the model is given and must answer: the forward process on a batch of data.Batches, run in its workers.
 
     ratios       smallest and largest expected share of masked tokens; one and the same for BERT, (1, 1) for parallel
-    flat         True leaves the weight out (ablation)
+    flat         True leaves the weight out (ablation, of more than one ratio)
     mean_length  what a caption has on average, a constant of the data set: each *token* weighs the same. None: each
                  *caption* weighs the same, as in CapPa. Never the count of masked tokens, which would cancel the 1/t
     batch_size   of the global batch, so that its loss is the sum of its parts', whatever their number
@@ -107,14 +107,18 @@ def training_batch(batch, objective, batch_size, mean_length=None, ratios=(0.5, 
         inputs, mask = shift_right(tokens)
         asked, ratio = valid, 1 - torch.arange(valid.shape[1]) / length[:, None]
     else:
-        alpha = SCHEDULES[schedule]
-        t = stratified_times(batch["u"], batch["index"], batch_size, *(time_of(ratio, alpha) for ratio in ratios))
+        alpha, (low, high) = SCHEDULES[schedule], (time_of(end, SCHEDULES[schedule]) for end in ratios)
+        t = stratified_times(batch["u"], batch["index"], batch_size, low, high)
         inputs, mask, ratio = tokens, mask_tokens(batch["noise"], t, valid, alpha), (1 - alpha(t))[:, None]
-        asked, per_token = mask, per_token if flat else weight(t, alpha)
+        asked = mask
+        if ratios[0] == ratios[1]:
+            per_token = 1 / ratio[:, 0]
+        elif not flat:                                # so that a token weighs 1 on average in every schedule
+            per_token = weight(t, alpha) * (high - low) / (ratios[1] - ratios[0])
     per_token = (per_token / batch_size / (mean_length or length)).expand(len(tokens))
     where = asked.flatten().nonzero().squeeze(1)
     return batch | {"tokens": inputs, "mask": mask, "rows": valid.flatten().nonzero().squeeze(1), "where": where,
-                    "targets": tokens.flatten()[where], "ratio": ratio.expand(valid.shape).flatten()[where],
+                    "targets": tokens.flatten()[where], "ratio": ratio.expand(valid.shape).flatten()[where].float(),
                     "weight": per_token[:, None].expand(valid.shape).flatten()[where].float()}
 
 

@@ -283,12 +283,12 @@ class Captioner(nn.Module):
     def match(self, features, tokens, valid, rows=None):
         """CLIP: patch features and captions -> points on the unit sphere, image [B,D] and text [B,D].
 
-        The images come multiplied by the learned inverse temperature (at most 100, as CLIP's), so that image @ text.T
-        are the logits and processes that exchange features need not know of it. Both sides are means, not one token.
+        The images come multiplied by the learned inverse temperature, so that image @ text.T are the logits and
+        processes that exchange features need not know of it. Both sides are means, not one token.
         """
         text = self.decoder.hidden(None, tokens, torch.zeros_like(valid), valid, rows).sum(1) / valid.sum(1)[:, None]
         image, text = self.image_proj(features.mean(1)).float(), self.text_proj(text).float()
-        return F.normalize(image, dim=1) * self.log_scale.exp().clamp(max=100), F.normalize(text, dim=1)
+        return F.normalize(image, dim=1) * self.log_scale.exp(), F.normalize(text, dim=1)
 
     def forward(self, images, tokens, mask, valid, rows=None, where=None):
         """One training pass: images [B,S,S,3] uint8, the rest as in TextDecoder.forward; for "clip" as in match."""

@@ -93,8 +93,11 @@ def caption_images(model, images, lengths, steps=None, order="confidence", tempe
     lengths = lengths.to(device) if model.config.pads == "hidden" else lengths.to(device) * 0 + model.config.max_tokens
     valid = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
     rows = valid.flatten().nonzero().squeeze(1)
-    tokens, mask = (torch.zeros_like(valid, dtype=torch.long), valid) if given is None else (
-        x.to(device).expand(len(images), -1) for x in given)
+    tokens, mask = torch.zeros_like(valid, dtype=torch.long), valid
+    if given is not None:                             # with pads="eos" the pads are given as well
+        missing = valid.shape[1] - len(given[0])
+        tokens, mask = (F.pad(x, (0, missing), value=fill).to(device).expand(len(images), -1)
+                        for x, fill in zip(given, (model.config.eos, False), strict=True))
     yield from diffusion.denoise(lambda tokens, mask, where: decoder(kv, tokens, mask, valid, rows, where),
                                  tokens, mask, steps, order, temperature, generator)
 
@@ -134,7 +137,7 @@ def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed
     lengths = [T if config.pads == "eos" else len(caption) for caption in captions]
     valid = torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
     if config.objective == "clip":
-        return F.cosine_similarity(*model.match(features, tokens, valid)).double().cpu()
+        return F.cosine_similarity(*model.match(features, tokens, valid)).cpu().double()
     kv = model.decoder.read(features)
 
     def predict(tokens, mask, where):
@@ -147,19 +150,25 @@ def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed
     return diffusion.log_likelihood(predict, tokens, valid, rule, noise, u, ratios)
 
 
-def length_term(histogram, length, longest):
-    """log p(length) in nats from the training captions' histogram, one caption added to each length up to `longest`."""
-    return math.log((histogram.get(length, 0) + 1) / (sum(histogram.values()) + longest))
+def length_terms(histogram, captions, config):
+    """log p(length) [B] in nats of B token lists, from the training captions' histogram with one added to each length.
+
+    What a model with hidden pads, which is told the length, leaves out; zero where the score has it already.
+    """
+    if config.objective != "mdc" or config.pads == "eos":
+        return torch.zeros(len(captions), dtype=torch.float64)
+    counts = torch.tensor([histogram.get(len(caption), 0) + 1 for caption in captions], dtype=torch.float64)
+    return (counts / (sum(histogram.values()) + config.max_tokens)).log()
 
 
 def print_scores(model, checkpoint, tokenizer, names, images, captions, draws, seed):
-    """For every image the captions, best first, with the scores of all rules in nats."""
+    """For every image the captions, best first (length included), with the scores of all rules in nats."""
     longest, trained = model.config.max_tokens, checkpoint["options"]["ratios"]
     tokens = [[*tokenizer.encode_ordinary(caption), tokenizer.eot_token] for caption in captions]
     if max(map(len, tokens)) > longest:
         raise UserError(f"--score: expected captions of at most {longest} tokens, EOS included")
     objective, lengths = model.config.objective, torch.tensor([len(ids) for ids in tokens])
-    lengthy = torch.tensor([length_term(checkpoint["lengths"], int(n), longest) for n in lengths]).double()
+    lengthy = length_terms(checkpoint["lengths"], tokens, model.config)
     features = model.encode(images.to(next(model.parameters()).device))
     for i, name in enumerate(names):
         def score(rule, image=i, ratios=(0.0, 1.0)):
@@ -176,7 +185,7 @@ def print_scores(model, checkpoint, tokenizer, names, images, captions, draws, s
             columns |= {"+ length": total + lengthy, "trained t": score("monte-carlo", ratios=trained),
                         "parallel": score("parallel"), "leave 1 out": score("leave-one-out")}
         print(name + "\n" + "".join(f"{column:>13}" for column in columns) + "   caption")
-        for k in total.argsort(descending=True).tolist():
+        for k in (total + lengthy).argsort(descending=True).tolist():
             print("".join(f"{column[k]:13.3f}" for column in columns.values()) + f"   {captions[k]}")
 
 
@@ -275,7 +284,8 @@ def main():
     add("--temperature", type=float, default=0.0, metavar="X", help="0: likeliest words (default); 1: drawn")
     add("--order", choices=diffusion.ORDERS, default="confidence", help="which words come first (default: confidence)")
     add("--prompt", metavar="TEXT", help='keep these words and fill the blanks, each `___` one token: "a ___ dog"')
-    add("--score", nargs="+", metavar="TEXT", help="rank these captions instead; what names a file is an image")
+    add("--score", nargs="+", metavar="TEXT", help="rank these captions instead; what names a file is an image. "
+        "gain: against the other images of the same --batch-size")
     add("--draws", type=int, default=32, metavar="N", help="random masks for each score (default: 32)")
     add("--trace", action="store_true", help="print the caption after every step, `_` for a masked token")
     add("--sheet", metavar="FILE", help="draw the images over their captions into this PNG")

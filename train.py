@@ -123,6 +123,8 @@ def parse_args(argv=None):
     if not args.ratios[0] <= args.ratios[1] <= 1 or not args.ratios[1] > 0:
         raise UserError(f"masking ratios from {args.ratios[0]} to {args.ratios[1]}: expected 0 <= --t-min <= --t-max "
                         "<= 1 and --mask-ratio in (0,1]")
+    if args.pads == "eos" and args.objective in ("ar", "clip"):
+        raise UserError(f"--pads eos is for masked objectives; {args.objective} has no use for it")
     if args.crop_scale > 1:
         raise UserError(f"--crop-scale {args.crop_scale}: expected at most 1, which means no crops")
     return args, preset
@@ -209,7 +211,7 @@ def to_device(batch, device):
 
 
 @torch.no_grad()
-def evaluate(model, batches, device, autocast, world):
+def evaluate(model, batches, device, autocast, rank, world):
     """Validation on all processes, each with batches of its own, fixed times and masks -> dict of plain numbers.
 
     val_loss   the training objective in nats a token
@@ -224,8 +226,8 @@ def evaluate(model, batches, device, autocast, world):
     for number, batch in enumerate(batches):
         batch = to_device(batch, device)
         B, T = batch["mask"].shape
-        caption, length = (batch["where"] // T).to(home), batch["valid"].sum(1).to(home).double()
-        shift = 1 + int(random_stream(number, EXCHANGE, 0).integers(B - 1))
+        caption, length = (batch["where"] // T).to(home), batch["length"].to(home).double()
+        shift = 1 + int(random_stream(rank + number * world, EXCHANGE, 0).integers(B - 1))
         with autocast:
             features = model.encode(batch["images"])
             words = [batch[name] for name in ("tokens", "mask", "valid", "rows", "where")]
@@ -247,18 +249,24 @@ def evaluate(model, batches, device, autocast, world):
 
 @torch.no_grad()
 def evaluate_clip(model, batches, device, autocast):
-    """Validation of CLIP, the same on all processes: the loss, and how often the right one of all captions (images)
-    is among the nearest 1 or 5 of an image (caption); the same caption twice is right twice."""
+    """Validation of CLIP, the same on all processes: the loss, and how often a right one of all captions (images) is
+    among the nearest 1 or 5 of an image (caption). Images of the same caption are right for one another."""
     model.eval()
-    with autocast:
-        batches = (to_device(batch, device) for batch in batches)
-        pairs = [model(*(batch[name] for name in ("images", "tokens", "mask", "valid", "rows"))) for batch in batches]
+    pairs, captions = [], {}
+    for batch in batches:
+        numbers = [captions.setdefault(tuple(row[:n]), len(captions)) for row, n in
+                   zip(batch["tokens"].tolist(), batch["length"].tolist(), strict=True)]
+        batch = to_device(batch, device)
+        with autocast:
+            pairs.append([*model(*(batch[name] for name in ("images", "tokens", "mask", "valid", "rows"))),
+                          torch.tensor(numbers, device=device)])
     model.train()
-    image, text = (torch.cat(side) for side in zip(*pairs, strict=True))
-    figures, logits = {"val_loss": float(diffusion.contrastive_loss(image, text))}, image @ text.T
-    for name, table in (("image_to_text", logits), ("text_to_image", logits.T)):
-        better = (table > table.diagonal()[:, None]).sum(1)
-        figures |= {f"{name}_r{k}": float((better < k).double().mean()) for k in (1, 5)}
+    image, text, number = (torch.cat(side) for side in zip(*pairs, strict=True))
+    figures, same = {"val_loss": float(diffusion.contrastive_loss(image, text))}, number[:, None] == number
+    for name, table in (("image_to_text", image @ text.T), ("text_to_image", text @ image.T)):
+        best = table.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
+        before = ((table >= best) & ~same).sum(1)                 # a wrong one that ties stands before the right one
+        figures |= {f"{name}_r{k}": float((before < k).float().mean()) for k in (1, 5)}
     return figures
 
 
@@ -387,9 +395,10 @@ def main():
     corrupt = functools.partial(view, batch_size=args.batch_size, mean_length=per_token, flat=args.weight == "flat")
     batches = Batches(train, args.batch_size, crop_scale=args.crop_scale, flip=args.flip, accumulation=accumulation,
                       transform=corrupt, rank=rank, world=world, **same)
-    corrupt = functools.partial(view, batch_size=EVAL_BATCH, mean_length=1 / EVAL_BATCH)     # sums of nats, no means
-    checks = Batches(val, EVAL_BATCH, augment=False, transform=corrupt, **same)
-    eval_count = min(EVAL_BATCHES, (len(val) + EVAL_BATCH - 2) // EVAL_BATCH)     # a single image cannot be exchanged
+    size = max(2, min(EVAL_BATCH, len(val)))
+    corrupt = functools.partial(view, batch_size=size, mean_length=1 / size)                 # sums of nats, no means
+    checks = Batches(val, size, augment=False, transform=corrupt, **same)
+    eval_count = min(EVAL_BATCHES, (len(val) + size - 2) // size)                 # a single image cannot be exchanged
     cuda = device.type == "cuda"
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = args.workers if args.workers is not None else max(1, min(16, cores)) if cuda else 0
@@ -419,7 +428,7 @@ def main():
             said = "".join(f", {name.replace('_', ' ')} {value:.1%}" for name, value in figures.items() if "_r" in name)
         else:
             mine = loader(checks, sampler=range(rank, eval_count, world))
-            figures = evaluate(model, mine, device, autocast, world)
+            figures = evaluate(model, mine, device, autocast, rank, world)
             said = (f", with exchanged images {figures['control']:.4f}: the image is worth {figures['gain']:.3f} "
                     f"± {figures['gain_se']:.3f} nats a token")
         log({"step": step, "event": "eval"} | figures)
@@ -455,6 +464,8 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
+        if clip:                                                  # the inverse temperature is at most 100
+            model.log_scale.data.clamp_(max=math.log(100))
         done = step + 1
         save = done % args.save_every == 0 or done == args.steps
         if done % args.log_every == 0 or save:                    # before a save, so that no broken state is saved

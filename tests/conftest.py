@@ -18,7 +18,7 @@ def shapes(tmp_path_factory):
     """A data directory with a small `shapes` of 16 px."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "SHAPES_SAMPLES", {"train": 96, "val": 24})
+        patch.setattr(data, "SHAPES_SAMPLES", {"train": 96, "val": 150})
         patch.setattr(data, "UNIT_SAMPLES", 40)
         for split in ("train", "val"):
             data.prepare("shapes", split, folder, image_size=16, tokenizer="words:100", workers=1)

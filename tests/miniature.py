@@ -57,9 +57,7 @@ def nats_a_token(model, checkpoint):
     captions = [row[valid].tolist() for row, valid in zip(batch["tokens"], batch["valid"], strict=True)]
     with torch.no_grad():
         scores = sample.score_captions(model, model.encode(batch["images"]), captions, draws=DRAWS)
-    if not model.decoder.causal:
-        longest = model.config.max_tokens
-        scores += torch.tensor([sample.length_term(checkpoint["lengths"], len(c), longest) for c in captions])
+    scores += sample.length_terms(checkpoint["lengths"], captions, model.config)
     return -float(scores.sum()) / sum(map(len, captions))
 
 

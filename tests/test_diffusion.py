@@ -59,6 +59,18 @@ def test_states_with_l_masks_weigh_as_derived(w):
         assert float(law[masked - 1]) == pytest.approx(at_least / ((1 - w) * L), rel=1e-9)
 
 
+@pytest.mark.parametrize("name", diffusion.SCHEDULES)
+@pytest.mark.parametrize("ratios", [(0.0, 1.0), (0.5, 1.0), (0.2, 0.6), (0.3, 0.3), (1.0, 1.0)])
+def test_a_token_weighs_one_on_average_in_every_schedule_and_range(name, ratios):
+    B, T = 40_000, 4
+    noise = torch.rand(B, T, generator=torch.Generator().manual_seed(0))
+    batch = {"tokens": torch.zeros(B, T, dtype=torch.long), "valid": torch.ones(B, T) > 0, "noise": noise, "u": 0.3}
+    view = diffusion.training_batch(batch | {"index": torch.arange(B)}, "mdc", B, T, ratios, name)
+    assert view["weight"].sum().item() == pytest.approx(1, abs=0.03)
+    low, high = view["ratio"].min().item(), view["ratio"].max().item()
+    assert ratios[0] - 1e-4 < low and high < ratios[1] + 1e-4
+
+
 def test_law_of_the_number_of_masks_at_one_fixed_ratio():
     law = diffusion.count_law(6, (0.4, 0.4))
     binomial = torch.tensor([math.comb(6, k) * 0.4**k * 0.6 ** (6 - k) * k / (6 * 0.4) for k in range(1, 7)])

@@ -1,5 +1,6 @@
 """The scripts as a user runs them, on the smallest data set there is."""
 
+import contextlib
 import json
 import math
 
@@ -215,6 +216,36 @@ def test_fine_tuning_starts_from_the_weights(finished, shapes, tmp_path, script)
         torch.equal(value, tuned[name]) for name, value in weights(finished[0]).items() if name != "decoder.positions"
     )
     assert torch.equal(tuned["decoder.positions"][:16], weights(finished[0])["decoder.positions"])
+
+
+def test_pads_that_are_tokens(shapes, tmp_path, script):
+    out = tmp_path / "run"
+    script("train.py", *TINY, "--data-dir", shapes, "--out", out, "--steps", 2, "--pads", "eos")
+    per_token = final(out)["val_loss"]
+    ckpt = ("sample.py", "--ckpt", out / "ckpt.pt", "--dataset", "shapes", "--data-dir", shapes, "--count", 2)
+    said = script(*ckpt, "--prompt", "a ___ red ___ at the").stdout
+    assert all(line.split("\t")[1].startswith("a ") and "red" in line for line in said.splitlines())
+    said = script(*ckpt, "--score", "a small red cross", "a", "--draws", 2).stdout
+    rows = [line.split() for line in said.splitlines() if line.endswith(("cross", " a"))]
+    assert len(rows) == 4 and all(row[0] == row[3] for row in rows), "the length would count twice"
+    assert per_token == pytest.approx(math.log(280) * 16 / 13, rel=0.2), "nats of all 16 positions, a token of 13"
+
+
+def test_recall_counts_images_of_one_caption_as_right_and_ties_as_wrong():
+    class Stub(torch.nn.Module):
+        def forward(self, image, tokens, mask, valid, rows):
+            return image, torch.nn.functional.one_hot(tokens[:, 0], 4).float()
+
+    def recall(features, tokens):
+        count = len(features)
+        batch = dict.fromkeys(("mask", "valid", "rows"), torch.zeros(1))
+        batch |= {"images": features, "tokens": torch.tensor(tokens)[:, None], "length": torch.ones(count).long()}
+        figures = train.evaluate_clip(Stub(), [batch], torch.device("cpu"), contextlib.nullcontext())
+        return [figures[f"{way}_r1"] for way in ("image_to_text", "text_to_image")]
+
+    assert recall(torch.eye(4)[[0, 0, 1, 2]], [0, 0, 1, 2]) == [1.0, 1.0]
+    assert recall(torch.eye(4)[[1, 1, 1, 2]], [0, 0, 1, 2])[0] == 0.5
+    assert recall(torch.ones(4, 4), [0, 1, 2, 3]) == [0.0, 0.0], "a collapsed model is never right"
 
 
 def test_captions_from_files_and_shards(finished, shapes, tmp_path, script):
