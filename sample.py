@@ -11,10 +11,14 @@ caption is (pads were hidden from it in training), so a length has to be chosen 
 `train.py --objective ar` writes from left to right instead and ends by itself.
 """
 import argparse
+import functools
+import json
 import math
+import operator
 import os
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +193,88 @@ def print_scores(model, checkpoint, tokenizer, names, images, captions, draws, s
             print("".join(f"{column[k]:13.3f}" for column in columns.values()) + f"   {captions[k]}")
 
 
+# ---------------------------------------------------------------------------------------------- caption metrics
+def ngrams(words, n):
+    """Counter of the n-grams of a list of words."""
+    return Counter(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def bleu(hypotheses, references):
+    """Corpus BLEU-1..4 (Papineni et al. 2002) with the closest reference length -> four numbers in 0..1."""
+    right, guessed, length, closest = [0] * 4, [0] * 4, 0, 0
+    for words, truths in zip(hypotheses, references, strict=True):
+        length += len(words)
+        closest += min((abs(len(truth) - len(words)), len(truth)) for truth in truths)[1]
+        for n in range(4):
+            most = functools.reduce(operator.or_, (ngrams(truth, n + 1) for truth in truths))
+            right[n] += (ngrams(words, n + 1) & most).total()
+            guessed[n] += max(0, len(words) - n)
+    precisions = np.cumprod([(r + 1e-15) / (g + 1e-9) for r, g in zip(right, guessed, strict=True)])
+    ratio = (length + 1e-15) / (closest + 1e-9)
+    return [float(p ** (1 / (n + 1)) * min(1, math.exp(1 - 1 / ratio))) for n, p in enumerate(precisions)]
+
+
+def rouge_l(hypotheses, references, beta=1.2):
+    """Mean ROUGE-L (Lin 2004): best recall and best precision of the longest common subsequence, taken apart."""
+    scores = []
+    for words, truths in zip(hypotheses, references, strict=True):
+        common = []
+        for truth in truths:
+            row = [0] * (len(truth) + 1)
+            for word in words:
+                before = row[:]
+                for j, other in enumerate(truth):
+                    row[j + 1] = before[j] + 1 if word == other else max(row[j], before[j + 1])
+            common.append(row[-1])
+        precision = max(common) / max(1, len(words))
+        recall = max(c / max(1, len(truth)) for c, truth in zip(common, truths, strict=True))
+        scores.append((1 + beta ** 2) * precision * recall / (recall + beta ** 2 * precision) if precision else 0.0)
+    return float(np.mean(scores))
+
+
+def cider_d(hypotheses, references, sigma=6.0):
+    """Mean CIDEr-D (Vedantam et al. 2015), times 10: clipped cosines of tf-idf n-grams, punished for length."""
+    seen = Counter(gram for truths in references
+                   for gram in {g for truth in truths for n in range(4) for g in ngrams(truth, n + 1)})
+    documents = math.log(len(references))
+
+    def vectors(words):
+        return [{g: count * (documents - math.log(max(1, seen[g]))) for g, count in ngrams(words, n + 1).items()}
+                for n in range(4)]
+
+    scores = []
+    for words, truths in zip(hypotheses, references, strict=True):
+        mine, total = vectors(words), 0.0
+        for truth in truths:
+            distance = max(0, len(words) - 1) - max(0, len(truth) - 1)
+            for own, other in zip(mine, vectors(truth), strict=True):
+                norms = math.sqrt(sum(x * x for x in own.values()) * sum(x * x for x in other.values()))
+                dot = sum(min(value, other.get(gram, 0.0)) * other.get(gram, 0.0) for gram, value in own.items())
+                total += (dot / norms if norms else dot) * math.exp(-distance ** 2 / (2 * sigma ** 2))
+        scores.append(10 * total / 4 / len(truths))
+    return float(np.mean(scores))
+
+
+def print_metrics(hypotheses, references):
+    """Print BLEU, ROUGE-L and CIDEr-D of lists of words and lists of lists of words, as pycocoevalcap defines them."""
+    names = [f"BLEU-{n}" for n in range(1, 5)] + ["ROUGE-L", "CIDEr-D"]
+    values = [*bleu(hypotheses, references), rouge_l(hypotheses, references), cider_d(hypotheses, references)]
+    print("  ".join(f"{name} {value:.4f}" for name, value in zip(names, values, strict=True)))
+
+
+def score_files(made, given):
+    """Print the metrics of two JSON files, {image: caption} and {image: [captions]}; words end at white space."""
+    try:
+        made, given = (json.loads(Path(file).read_text()) for file in (made, given))
+        pairs = [(made[name].split(), [text.split() for text in given[name]]) for name in sorted(made)]
+        if not pairs or not all(truths for _, truths in pairs):
+            raise ValueError("an image without a caption")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as problem:
+        raise UserError(f"--score-files: {type(problem).__name__}: {problem}; expected {{image: caption}} and {{image: "
+                        "[captions]}, every image of the first in the second") from None
+    print_metrics(*zip(*pairs, strict=True))
+
+
 # ---------------------------------------------------------------------------------------------- showing
 def show(tokenizer, tokens, mask):
     """One state of a caption as text, `_` for every token that is still masked; nothing after an EOS."""
@@ -273,7 +359,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE", help="image files or folders; or use --dataset")
-    add("--ckpt", required=True, metavar="FILE", help="checkpoint of train.py")
+    add("--ckpt", metavar="FILE", help="checkpoint of train.py")
     add("--dataset", help="caption a split of these shards instead")
     add("--split", default="val", help="with --dataset (default: val)")
     add("--data-dir", default="data", metavar="DIR", help="default: data")
@@ -286,6 +372,9 @@ def main():
     add("--prompt", metavar="TEXT", help='keep these words and fill the blanks, each `___` one token: "a ___ dog"')
     add("--score", nargs="+", metavar="TEXT", help="rank these captions instead; what names a file is an image. "
         "gain: against the other images of the same --batch-size")
+    add("--metrics", action="store_true", help="with --dataset: BLEU, ROUGE-L and CIDEr-D against all its captions")
+    add("--score-files", nargs=2, metavar=("MADE", "GIVEN"), help="the same for captions made elsewhere, already cut "
+        "into words: JSON files {image: caption} and {image: [captions]}")
     add("--draws", type=int, default=32, metavar="N", help="random masks for each score (default: 32)")
     add("--trace", action="store_true", help="print the caption after every step, `_` for a masked token")
     add("--sheet", metavar="FILE", help="draw the images over their captions into this PNG")
@@ -294,6 +383,10 @@ def main():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
     args = parser.parse_args()
     check_least(args, count=1, steps=1, batch_size=1, draws=1, temperature=0, seed=0)
+    if args.score_files:
+        return score_files(*args.score_files)
+    if not args.ckpt:
+        raise UserError("--ckpt is missing: a checkpoint of train.py, for example out/shapes-tiny-mdc/ckpt.pt")
     captions = [word for word in args.score or [] if not os.path.exists(word)]
     args.images += [word for word in args.score or [] if os.path.exists(word)]
     model, checkpoint = load_captioner(args.ckpt, args.device)
@@ -307,6 +400,8 @@ def main():
     if bool(args.dataset) == bool(args.images) or (args.score and not captions):
         raise UserError("expected either images or --dataset, for example: python sample.py --ckpt FILE photo.jpg; "
                         "and with --score captions")
+    if args.metrics and not args.dataset:
+        raise UserError("--metrics needs captions to compare with: --dataset NAME --split val")
     if model.config.objective == "clip" and not args.score:
         raise UserError(f"{args.ckpt} is a contrastive model, which writes no captions; it ranks them: --score")
     if model.config.objective == "ar" and args.prompt:
@@ -349,6 +444,12 @@ def main():
             print(f"{names[i]}\t{frames[-1]}", flush=True)
             sheet_texts.append([(frames[-1], "black")])
         sheet_images += images if args.sheet else []
+    if args.metrics:
+        truths = [[decode_caption(tokenizer, ids) for ids in shards.captions(i)] for i in range(len(names))]
+        print("words: lower case, without punctuation (our own rule; published figures mostly use the Penn Treebank's)")
+        cut = functools.partial(re.findall, r"\w+")
+        made = [cut(lines[0][0].lower()) for lines in sheet_texts]
+        print_metrics(made, [[cut(text.lower()) for text in texts] for texts in truths])
     if args.sheet and sheet_images:
         contact_sheet(sheet_images, sheet_texts, args.sheet)
 
