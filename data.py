@@ -79,6 +79,16 @@ def run(main):
         sys.exit(2)
 
 
+class Parser(argparse.ArgumentParser):
+    """The command line of a script: -h prints its docstring as it stands, a mistake becomes a UserError."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message}; {self.prog} -h lists the options")
+
+
 def check_least(args, **least):
     """Raise UserError if an option is given and smaller than its least value."""
     for name, low in least.items():
@@ -355,13 +365,29 @@ def read_captions(files, caption_key):
 
 
 # ---------------------------------------------------------------------------------------------- writing shards
+@contextlib.contextmanager
+def replace_file(path):
+    """A binary file that becomes `path` when the block ends well: flushed to disk and renamed, whole or not at all."""
+    path = Path(path)
+    try:
+        with open(f"{path}.tmp", "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except BaseException:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise
+    if os.name == "posix":                            # the name is on disk only when its folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
 def write_json(path, value):
-    """Write to a temporary name, flush to disk, rename: a file is there whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    """Replace a JSON file, whole or not at all."""
+    with replace_file(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def write_shard(unit, number, folder, plan):
@@ -681,7 +707,7 @@ class Batches(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------- command line
 def main():
     from train import PRESETS  # late: train.py imports this file
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--dataset", required=True, help="any name; shards go to DATA_DIR/DATASET/SPLIT. `shapes` is drawn here")
     add("--split", choices=("train", "val"), default="train", help="default: train, which comes first; val is optional")

@@ -140,6 +140,39 @@ def contrastive_loss(image, text, all_images=None, all_texts=None, first=0):
     return losses / (2 * len(all_images))
 
 
+def image_gain(real, control, length, ratio, plain, bins=10):
+    """How much a caption's words depend on the image -> dict of plain numbers.
+
+    real, control [B,T]: weighted losses, 0 where there is none, with the right images and with exchanged ones; length
+    [B] of the captions; ratio [K] and plain [K]: masking ratio and unweighted loss of each predicted token
+
+    val_loss     nats a token with the right images; control with exchanged ones; gain is the difference
+    gain_se      its standard error over captions, that of a ratio of two sums
+    by_ratio     mean loss of a masked token in each tenth of masking ratios, None where there was none
+    by_position  [gain, its standard error, captions] for each token position that two captions have
+    """
+    gain, tokens = (control - real).double(), length.sum()
+    mean = gain.sum() / tokens
+    figures = {"val_loss": real.sum() / tokens, "control": control.sum() / tokens, "gain": mean,
+               "gain_se": (gain.sum(1) - mean * length).norm() / tokens}
+    tenths = [plain[(ratio * bins).long().clamp(max=bins - 1) == i] for i in range(bins)]
+    places = [gain[length > i, i] for i in range(gain.shape[1]) if (length > i).sum() > 1]
+    return {name: float(value) for name, value in figures.items()} | {
+        "by_ratio": [float(x.mean()) if len(x) else None for x in tenths],
+        "by_position": [[float(x.mean()), float(x.std() / len(x) ** 0.5), len(x)] for x in places]}
+
+
+def recall(image, text, number):
+    """CLIP's retrieval: how often a right one of all captions (images) is among the nearest 1 or 5 of an image
+    (caption). image, text [B,D]; number [B]: pairs of the same number are right for one another. -> dict of shares."""
+    figures, same = {}, number[:, None] == number
+    for name, table in (("image_to_text", image @ text.T), ("text_to_image", text @ image.T)):
+        best = table.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
+        before = ((table >= best) & ~same).sum(1)     # a wrong one that ties stands before the right one
+        figures |= {f"{name}_r{k}": float((before < k).float().mean()) for k in (1, 5)}
+    return figures
+
+
 # ------------------------------------------------------------------------------------------------ likelihood
 RULES = ("monte-carlo", "parallel", "leave-one-out")
 

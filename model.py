@@ -298,6 +298,20 @@ class Captioner(nn.Module):
         return self.decoder(self.decoder.read(features), tokens, mask, valid, rows, where)
 
 
+def flops(config, images, tokens, predicted):
+    """Useful FLOPs of a training step, a multiplication and an addition being two; three times those of a forward pass.
+
+    images: how many; tokens: real ones; predicted: tokens with a loss. No pads and no logits that nobody asked for;
+    self-attention among texts, under a percent, is left out.
+    """
+    width, depth, _, patch = SIZES[config.size]
+    patches, block = (config.image_size // patch) ** 2, 12 * width ** 2
+    encoder = patches * (3 * patch ** 2 * width + depth * (block + 2 * patches * width))
+    keys_and_values = patches * depth // 2 * 2 * width ** 2
+    decoder = depth // 2 * (block + 2 * width ** 2 + 2 * patches * width)
+    return 6 * (images * (encoder + keys_and_values) + tokens * decoder + predicted * width * config.vocab_size)
+
+
 def main():
     print(f"{'model':8}{'encoder':>12}{'decoder':>12}   parameters in millions, GPT-2 vocabulary, 224 px, 64 tokens")
     for size in SIZES:
