@@ -24,6 +24,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional
@@ -373,6 +374,10 @@ def main():
         model.load_state_dict(checkpoint["model"])
     elif args.init:
         start_from(args.init, model, train.meta["tokenizer"])
+    elif not clip:                    # start at the words' frequencies: learning them alone would take many steps
+        words = np.concatenate([ids for i in range(min(len(train), 10_000)) for ids in train.captions(i)])
+        counts = torch.from_numpy(np.bincount(words, minlength=config.vocab_size) + 1)
+        model.decoder.head.bias.data = (counts / counts.sum()).log().float()
     model.to(device)
     groups = [[p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
     optimizer = torch.optim.AdamW([{"params": params, "weight_decay": decay} for params, decay in
