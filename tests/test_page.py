@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import asdict
 from html.parser import HTMLParser
 from unittest import mock
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -223,3 +224,18 @@ def test_mistakes_get_one_line(page, words, message):
     with pytest.raises(data.UserError, match=re.escape(message)) as problem:
         run_main("--ckpt", *paths)
     assert "\n" not in str(problem.value)
+
+
+def test_figures(tmp_path):
+    figures = pytest.importorskip("figures")
+    pytest.importorskip("matplotlib").use("Agg")
+    figures.draw_method(tmp_path / "method.svg")
+    root = ElementTree.parse(tmp_path / "method.svg").getroot()
+    fills = Counter(element.get("fill") for element in root.iter("{http://www.w3.org/2000/svg}rect"))
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert fills["#2f6fde"] + fills["#f1f3f6"] == 5 * 13 and texts.count("1.82") == 1, "1/0.55"
+    shown = sum(text in (*root[0].text.split(), "end") for text in texts)
+    assert shown == 13 + fills["#f1f3f6"], "a word is shown above, and where it is not masked"
+    runs = [("MDC", [[0.5, 0.1, 900], [0.2, 0.1, 800], [9.0, 9.0, 2], None]), ("AR", [[0.4, 0.1, 900]])]
+    figures.draw_positions(runs, tmp_path / "positions.png")
+    assert data.open_image(tmp_path / "positions.png").size[0] > 500
