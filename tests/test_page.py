@@ -17,7 +17,7 @@ import torch
 
 import data
 import sample
-from model import Captioner, Config
+from model import SIZES, Captioner, Config
 
 HOSTILE = "<img src=x onerror=document.title=1>&amp;.png"
 PIECES = ["</script>", "<script>", "<b>", " dog", " &amp;"]
@@ -139,9 +139,10 @@ def test_texts_are_no_markup_and_nothing_is_fetched(page, browse):
 
 
 @pytest.mark.parametrize("length", [13, 64])
-def test_a_page_of_eight_photographs_is_small(tmp_path, length):
-    """Six layers that look at 14 x 14 patches, as B/16 has; one image, times eight."""
-    model, _ = sample.load_captioner(write_checkpoint(tmp_path / "big.pt", "S/16", 224))
+def test_a_page_of_eight_photographs_is_small(tmp_path, monkeypatch, length):
+    """Six layers that look at 14 x 14 patches, as B/16's do; one image, times eight."""
+    monkeypatch.setitem(SIZES, "thin", (24, 12, 6, 16))
+    model, _ = sample.load_captioner(write_checkpoint(tmp_path / "big.pt", "thin", 224))
     image = data.draw_shapes(0, 224)[0]
     states = sample.caption_images(model, torch.tensor(data.crop_square(image, 224))[None], torch.tensor([length]))
     tokenizer = data.load_tokenizer(data.words_tokenizer("words:9", Counter(dict.fromkeys(PIECES, 1))))
@@ -207,7 +208,7 @@ def test_a_page_is_there_whole_or_not_at_all(tmp_path):
     "words, message",
     [
         (("mdc.pt", "nowhere.jpg"), "nowhere.jpg: no such file"),
-        (("mdc.pt", "plain.jpg", "--html", "nowhere/page.html"), "there is no folder"),
+        (("mdc.pt", "plain.jpg", "--html", "nowhere/page.html"), "a folder that exists"),
         (("mdc.pt", "plain.jpg", "--html", "page.html", "--score", "a dog"), "leave out --score"),
         (("mdc.pt", "plain.jpg", "--compare", "nowhere.pt"), "no checkpoint at"),
         (("mdc.pt", "plain.jpg", "--length", "65"), "number from 1 to 64"),
