@@ -377,23 +377,23 @@ def main():
         return score_files(*args.score_files)
     captions = [word for word in args.score or [] if not os.path.exists(word)]
     args.images += [word for word in args.score or [] if os.path.exists(word)]
-    missing, folder = [file for file in args.images if not os.path.exists(file)], Path(args.html or ".").parent
+    shards = data.open_split(args.data_dir, args.dataset, args.split) if args.dataset else None
+    names = [shards.key(i) for i in range(len(shards))[:args.count]] if shards else [
+        str(file) for path in map(Path, args.images) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if file == path or file.suffix.lower().lstrip(".") in data.IMAGE_TYPES][:args.count]
+    missing = [file for file in args.images if not os.path.exists(file)]
     for wrong, message in (
             (not args.ckpt, "--ckpt is missing: a checkpoint of train.py, say out/shapes-tiny-mdc/ckpt.pt"),
             (bool(args.dataset) == bool(args.images) or (args.score and not captions), "expected either images or "
              "--dataset, for example: python sample.py --ckpt FILE photo.jpg; and with --score captions"),
             (missing, f"{', '.join(missing)}: no such file; expected images (jpg, png, webp) or folders of them"),
+            (not names, f"{args.dataset or ', '.join(args.images)}: no images there"),
             (args.metrics and not args.dataset, "--metrics needs captions to compare with: --dataset NAME --split val"),
             (args.html and args.score, "--html shows captions being written: leave out --score"),
-            (not folder.is_dir(), f"--html {args.html}: there is no folder {folder}")):
+            (args.html and (os.path.isdir(args.html) or not Path(args.html).parent.is_dir()),
+             f"--html {args.html}: expected a file name in a folder that exists")):
         if wrong:
             raise UserError(message)
-    shards = data.open_split(args.data_dir, args.dataset, args.split) if args.dataset else None
-    names = [shards.key(i) for i in range(len(shards))[:args.count]] if shards else [
-        str(file) for path in map(Path, args.images) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        if file == path or file.suffix.lower().lstrip(".") in data.IMAGE_TYPES][:args.count]
-    if not names:
-        raise UserError(f"{args.dataset or ', '.join(args.images)}: no images there")
 
     def read(i, side):
         """Central square of an image [side,side,3] uint8."""

@@ -10,13 +10,14 @@ from collections import Counter
 from dataclasses import asdict
 from html.parser import HTMLParser
 from unittest import mock
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 import data
 import sample
-from model import Captioner, Config
+from model import SIZES, Captioner, Config
 
 HOSTILE = "<img src=x onerror=document.title=1>&amp;.png"
 PIECES = ["</script>", "<script>", "<b>", " dog", " &amp;"]
@@ -138,9 +139,10 @@ def test_texts_are_no_markup_and_nothing_is_fetched(page, browse):
 
 
 @pytest.mark.parametrize("length", [13, 64])
-def test_a_page_of_eight_photographs_is_small(tmp_path, length):
-    """Six layers that look at 14 x 14 patches, as B/16 has; one image, times eight."""
-    model, _ = sample.load_captioner(write_checkpoint(tmp_path / "big.pt", "S/16", 224))
+def test_a_page_of_eight_photographs_is_small(tmp_path, monkeypatch, length):
+    """Six layers that look at 14 x 14 patches, as B/16's do; one image, times eight."""
+    monkeypatch.setitem(SIZES, "thin", (24, 12, 6, 16))
+    model, _ = sample.load_captioner(write_checkpoint(tmp_path / "big.pt", "thin", 224))
     image = data.draw_shapes(0, 224)[0]
     states = sample.caption_images(model, torch.tensor(data.crop_square(image, 224))[None], torch.tensor([length]))
     tokenizer = data.load_tokenizer(data.words_tokenizer("words:9", Counter(dict.fromkeys(PIECES, 1))))
@@ -206,7 +208,7 @@ def test_a_page_is_there_whole_or_not_at_all(tmp_path):
     "words, message",
     [
         (("mdc.pt", "nowhere.jpg"), "nowhere.jpg: no such file"),
-        (("mdc.pt", "plain.jpg", "--html", "nowhere/page.html"), "there is no folder"),
+        (("mdc.pt", "plain.jpg", "--html", "nowhere/page.html"), "a folder that exists"),
         (("mdc.pt", "plain.jpg", "--html", "page.html", "--score", "a dog"), "leave out --score"),
         (("mdc.pt", "plain.jpg", "--compare", "nowhere.pt"), "no checkpoint at"),
         (("mdc.pt", "plain.jpg", "--length", "65"), "number from 1 to 64"),
@@ -223,3 +225,18 @@ def test_mistakes_get_one_line(page, words, message):
     with pytest.raises(data.UserError, match=re.escape(message)) as problem:
         run_main("--ckpt", *paths)
     assert "\n" not in str(problem.value)
+
+
+def test_figures(tmp_path):
+    figures = pytest.importorskip("figures")
+    pytest.importorskip("matplotlib").use("Agg")
+    figures.draw_method(tmp_path / "method.svg")
+    root = ElementTree.parse(tmp_path / "method.svg").getroot()
+    fills = Counter(element.get("fill") for element in root.iter("{http://www.w3.org/2000/svg}rect"))
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert fills["#2f6fde"] + fills["#f1f3f6"] == 5 * 13 and texts.count("1.82") == 1, "1/0.55"
+    shown = sum(text in (*root[0].text.split(), "end") for text in texts)
+    assert shown == 13 + fills["#f1f3f6"], "a word is shown above, and where it is not masked"
+    runs = [("MDC", [[0.5, 0.1, 900], [0.2, 0.1, 800], [9.0, 9.0, 2], None]), ("AR", [[0.4, 0.1, 900]])]
+    figures.draw_positions(runs, tmp_path / "positions.png")
+    assert data.open_image(tmp_path / "positions.png").size[0] > 500
