@@ -1,16 +1,25 @@
 """probe.py: the classifier is logistic regression, images are read whole or not at all, and scores follow the rules."""
 
 import io
+import itertools
 import json
+import re
+import shutil
+import subprocess
+import sys
 import tarfile
+import textwrap
+import types
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import probe
-from data import UserError
+from data import UserError, decode_caption, open_split
 from model import Captioner, Config
 
 
@@ -19,17 +28,17 @@ def blobs(n, seed):
     labels = rng.integers(3, size=n)
     centres = np.random.default_rng(9).normal(size=(3, 12))
     x = (centres[labels] + rng.normal(size=(n, 12)) * 1.5) * np.logspace(-1, 1, 12)
-    return torch.tensor(x, dtype=torch.float32), np.array(["a", "b", "c"])[labels]
+    return torch.tensor(x, dtype=torch.float32), torch.from_numpy(labels)
 
 
 def test_all_strengths_at_once_are_scikit_learns_one_by_one():
     linear_model = pytest.importorskip("sklearn.linear_model")
-    x, labels = blobs(300, 0)
-    x, y = x.double(), torch.from_numpy(np.unique(labels, return_inverse=True)[1])
+    x, y = blobs(300, 0)
+    x = x.double()
     strengths = np.logspace(-5, 4, 7)
-    ours = probe.fit_logistic(x, y, 3, strengths, tolerance=1e-9)
+    ours = probe.fit_logistic(x, y, 3, strengths, tolerance=1e-8)
     for weights, C in zip(ours, strengths, strict=True):
-        theirs = linear_model.LogisticRegression(C=C, tol=1e-10, max_iter=100_000).fit(x.numpy(), labels)
+        theirs = linear_model.LogisticRegression(C=C, tol=1e-10, max_iter=100_000).fit(x.numpy(), y.numpy())
         expected = torch.from_numpy(theirs.predict_proba(x.numpy()))
         torch.testing.assert_close((x @ weights[:-1] + weights[-1]).softmax(1), expected, atol=1e-4, rtol=0)
         w = weights.clone().requires_grad_()
@@ -37,11 +46,17 @@ def test_all_strengths_at_once_are_scikit_learns_one_by_one():
         assert torch.autograd.grad(loss, w)[0].abs().max() < 1e-7, "not the minimum"
 
 
-def test_separable_classes_and_constant_features_converge():
-    x = torch.cat([torch.randn(60, 5) + 9 * torch.arange(60)[:, None] // 30, torch.ones(60, 1)], 1)
-    weights = probe.fit_logistic(x, torch.arange(60) // 30, 2, probe.STRENGTHS)
-    assert torch.isfinite(weights).all()
-    assert ((x.double() @ weights[-1][:-1] + weights[-1][-1]).argmax(1) == torch.arange(60) // 30).all()
+def test_separable_classes_constant_features_and_fewer_images_than_features_converge():
+    """To the minimum itself: where the classes are apart it lies far away, and a step of it overshoots."""
+    generator = torch.Generator().manual_seed(0)
+    for n, D in ((60, 5), (30, 40)):
+        y = torch.arange(n) % 2
+        x = torch.cat([torch.randn(n, D, generator=generator) + 3 * y[:, None], torch.ones(n, 1)], 1).double()
+        for C, weights in zip(probe.STRENGTHS, probe.fit_logistic(x, y, 2, probe.STRENGTHS), strict=True):
+            w = weights.clone().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(x @ w[:-1] + w[-1], y) + w[:-1].square().sum() / (2 * C * n)
+            assert torch.autograd.grad(loss, w)[0].norm() < 1e-5, "not the minimum"
+        assert ((x @ weights[:-1] + weights[-1]).argmax(1) == y).all()
 
 
 def test_figures_of_a_probe():
@@ -51,111 +66,230 @@ def test_figures_of_a_probe():
     assert probe.linear_probe(x, labels, test, test_labels, minibatch=True)["top1"] == pytest.approx(
         figures["top1"], abs=0.03
     )
-    shuffled = np.random.default_rng(0).permutation(labels)
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
     assert probe.linear_probe(x, shuffled, test, test_labels)["top1"] < 0.45, "nothing to learn, yet learned"
-    with pytest.raises(UserError, match="without training images: d"):
-        probe.linear_probe(x, labels, test, np.append(test_labels[:-1], "d"))
     means = [probe.few_shots(x, labels, test, test_labels, shots)[0] for shots in (1, 5, 50)]
     assert 0.33 < means[0] < means[1] < means[2] <= figures["top1"] + 0.02
     assert probe.nearest_neighbours(x, labels, test, test_labels) > 0.55
 
 
+def test_classes_are_numbered_alike_in_both_splits():
+    train, test = probe.number_classes(["cat", "dog", "ant", "cat"], ["dog", "dog", "ant"])
+    assert train.tolist() == [1, 2, 0, 1] and test.tolist() == [2, 2, 0]
+    with pytest.raises(UserError, match="without training images: eel"):
+        probe.number_classes(["cat"], ["cat", "eel"])
+
+
 def test_mean_per_class_weighs_classes_alike():
     weights = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)  # always says 0
-    figures = probe.figures_of(weights, torch.zeros(4, 1).double(), torch.tensor([0, 0, 0, 1]), 2)
+    figures = probe.figures_of(weights, torch.zeros(4, 1).double(), torch.tensor([0, 0, 0, 1]))
     assert figures["top1"] == 0.75 and figures["mean_class"] == 0.5
 
 
-def test_tar_and_folder_are_the_same_and_a_bad_image_is_named(tmp_path):
+def png(*colour):
+    Image.new("RGB", (12, 10), colour).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+def add(tar, name, content=b"", **fields):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def squares(opened, side=8):
+    """What open_labelled gives -> labels and decoded images."""
+    return [(label, probe.read_square(name, image, side).tolist()) for label, name, image in opened[1]]
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """The same four images as a tar and as class folders."""
     with tarfile.open(tmp_path / "set-train.tar", "w") as tar:
         for label in ("cat", "dog"):
             (tmp_path / "test" / label).mkdir(parents=True)
             for i in range(2):
-                Image.new("RGB", (12, 10), (i * 90, 20, 200)).save(buffer := io.BytesIO(), "PNG")
-                info = tarfile.TarInfo(f"{label}/{i}.png")
-                info.size = len(buffer.getvalue())
-                tar.addfile(info, io.BytesIO(buffer.getvalue()))
-                (tmp_path / "test" / label / f"{i}.png").write_bytes(buffer.getvalue())
-    tar, folder = (probe.Labelled(tmp_path, "set", [name]) for name in ("train", "test"))
-    assert tar.labels.tolist() == folder.labels.tolist() == ["cat", "cat", "dog", "dog"]
-    assert all(np.array_equal(tar.read(i, 8), folder.read(i, 8)) for i in range(4))
-    (tmp_path / "test" / "cat" / "0.png").write_bytes(b"")
+                add(tar, f"{label}/{i}.png", png(i * 90, 20, 200))
+                (tmp_path / "test" / label / f"{i}.png").write_bytes(png(i * 90, 20, 200))
+    return tmp_path
+
+
+def test_tar_and_folder_are_the_same_and_a_bad_image_is_named(pets):
+    tar, folder = (probe.open_labelled(pets, "set", split) for split in ("train", "test"))
+    assert tar[0] != folder[0] and probe.open_labelled(pets, "set", "test")[0] == folder[0]
+    found = squares(tar)
+    assert found == squares(folder) and [label for label, _ in found] == ["cat", "cat", "dog", "dog"]
+    (pets / "test" / "cat" / "0.png").write_bytes(b"")
+    key, images = probe.open_labelled(pets, "set", "test")
+    assert key != folder[0], "another image under the same name"
     with pytest.raises(UserError, match="cat.0.png: not a JPEG"):
-        probe.Labelled(tmp_path, "set", ["test"]).read(0, 8)
-    with pytest.raises(UserError, match="val.*found: set-train.tar, test"):
-        probe.Labelled(tmp_path, "set", ["val"])
+        list(squares((key, images)))
+
+
+def test_a_wrong_layout_is_shown_beside_the_right_one(pets):
+    (pets / "set-train.tar").rename(pets / "pictures.tar")
+    for source in (pets, pets / "nothing"):
+        with pytest.raises(UserError, match="train/CLASS/image.jpg, or set-train.tar .* found in ") as caught:
+            probe.open_labelled(source, "set", "train")
+        assert "\n" not in str(caught.value) and ("pictures.tar, test" in str(caught.value)) == (source == pets)
+
+
+def test_a_hostile_tar_does_no_harm(pets):
+    """Links, devices and names that lead out of the folder are passed over or are only names; damage is an error."""
+    path, outside = pets / "set-train.tar", pets / "outside.png"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "cat/link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "cat/hard.png", type=tarfile.LNKTYPE, linkname="../outside.png")
+        add(tar, "cat/device.png", type=tarfile.CHRTYPE)
+        add(tar, "cat/pipe.png", type=tarfile.FIFOTYPE)
+        add(tar, "../../dog/outside.png", png(1, 2, 3))
+        add(tar, "/tmp/ant/1.png", png(1, 2, 3))
+    assert [label for label, _ in squares(probe.open_labelled(pets, "set", "train"))] == ["dog", "ant"]
+    assert not outside.exists()
+    whole = path.read_bytes()
+    for damaged in (whole[:700], whole[:1536], b"\xff" * 2000, whole[:3072] + b"x" * 512 + whole[3584:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="set-train.tar"):
+            squares(probe.open_labelled(pets, "set", "train"))
+    with tarfile.open(path, "w") as tar:  # a bomb: four gigapixels in a few bytes
+        bomb, header = png(1, 2, 3), b"IHDR" + 2 * (65500).to_bytes(4, "big") + b"\x08\x02\0\0\0"
+        add(tar, "cat/bomb.png", bomb[:12] + header + zlib.crc32(header).to_bytes(4, "big") + bomb[33:])
+    with pytest.raises(UserError, match="cat/bomb.png: image of an absurd size"):
+        squares(probe.open_labelled(pets, "set", "train"))
 
 
 @pytest.mark.parametrize("labels, files", [(1, ("data_batch_1.bin", "test_batch.bin")), (2, ("train.bin", "test.bin"))])
 def test_cifars_binary_archive(tmp_path, labels, files):
-    rng = np.random.default_rng(0)
-    with tarfile.open(tmp_path / "cifar-binary.tar.gz", "w:gz") as tar:
+    rng, pixels = np.random.default_rng(0), {}
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        add(tar, f"cifar/{files[0]}", type=tarfile.SYMTYPE, linkname="/etc/passwd")
         for name in files:
             rows = rng.integers(0, 256, (4, labels + 3072), dtype=np.uint8)
             rows[:, labels - 1] = [3, 1, 3, 7]
-            info = tarfile.TarInfo(f"cifar/{name}")
-            info.size = rows.size
-            tar.addfile(info, io.BytesIO(rows.tobytes()))
-            (tmp_path / name).write_bytes(rows.tobytes())
-    for names, file in zip((["train"], ["test", "val"]), files, strict=True):
-        for source in (tmp_path / "cifar-binary.tar.gz", tmp_path):
-            split = probe.Labelled(source, "cifar10", names)
-            assert split.labels.tolist() == ["003", "001", "003", "007"]
-            pixels = np.fromfile(tmp_path / file, np.uint8).reshape(4, -1)[2, labels:].reshape(3, 32, 32)
-            assert np.array_equal(split.read(2, 32), pixels.transpose(1, 2, 0))
+            add(tar, f"cifar/{name}", rows.tobytes())
+            pixels[name] = rows[2, labels:].reshape(3, 32, 32).transpose(1, 2, 0).tolist()
+    for split, file in zip(("train", "test"), files, strict=True):
+        for source in (archive, tmp_path):
+            found = squares(probe.open_labelled(source, "cifar10", split), 32)
+            assert [label for label, _ in found] == ["003", "001", "003", "007"] and found[2][1] == pixels[file]
+    archive.write_bytes(archive.read_bytes()[:-3000])
+    with pytest.raises(UserError, match="cannot be read"):
+        squares(probe.open_labelled(tmp_path, "cifar10", "test"), 32)
 
 
-class Pictures:
-    """Four random pictures, as Labelled."""
-
-    def __init__(self, seed):
-        self.items, self.key = range(4), str(seed)
-        self.pixels = np.random.default_rng(seed).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-
-    def read(self, i, side):
-        return self.pixels[i]
+def readme(mark):
+    """The indented block of README.md after a mark, without its indentation."""
+    lines = (ROOT / "README.md").read_text().partition(f"<!-- {mark} -->\n")[2].lstrip("\n").splitlines(True)
+    return textwrap.dedent("".join(itertools.takewhile(lambda line: line.startswith("    "), lines)))
 
 
-def test_features_are_cached_by_weights_and_data(tmp_path, monkeypatch):
+@pytest.mark.skipif(not shutil.which("bash"), reason="the commands are for bash")
+def test_the_readmes_commands_make_class_folders(tmp_path):
+    """Of miniatures of the official layouts: as many images as in the lists, in the folders of their classes."""
+    official = {
+        "images/Abyssinian_1.jpg": 0,
+        "images/american_pit_bull_terrier_12.jpg": 1,
+        "annotations/trainval.txt": "#Image CLASS-ID SPECIES BREED ID\nAbyssinian_1 1 1 1\n",
+        "annotations/test.txt": "american_pit_bull_terrier_12 2 2 1\n",
+        "food-101/images/apple_pie/1.jpg": 2,
+        "food-101/images/waffles/2.jpg": 3,
+        "food-101/meta/train.txt": "apple_pie/1\n",
+        "food-101/meta/test.txt": "waffles/2",
+        "fgvc-aircraft-2013b/data/images/0034309.jpg": 4,
+        "fgvc-aircraft-2013b/data/images/1025794.jpg": 5,
+        "fgvc-aircraft-2013b/data/images_variant_trainval.txt": "1025794 F/A-18\n",
+        "fgvc-aircraft-2013b/data/images_variant_test.txt": "0034309 Boeing 717\n",
+    }
+    for name, content in official.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(content, 0, 0) if isinstance(content, int) else content.encode())
+    subprocess.run(["bash", "-e", "-c", readme("class folders")], cwd=tmp_path, check=True)
+    expected = {
+        "pets": [["Abyssinian"], ["american_pit_bull_terrier"]],
+        "food101": [["apple_pie"], ["waffles"]],
+        "aircraft": [["F-A-18"], ["Boeing 717"]],
+    }
+    for dataset, classes in expected.items():
+        found = [squares(probe.open_labelled(tmp_path / "raw" / dataset, dataset, s)) for s in ("train", "test")]
+        assert [[label for label, _ in images] for images in found] == classes
+
+
+def pictures(seed):
+    """Four random pictures as open_labelled gives them."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    return str(seed), (("even" if i % 2 == 0 else "odd", f"image {i}", Image.fromarray(p)) for i, p in enumerate(pixels))
+
+
+def test_features_are_cached_by_weights_and_data(tmp_path):
     models = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         models.append(Captioner(Config("tiny", 16, 50, 12, eos=49)).eval())
-    first = probe.compute_features(models[0], Pictures(0), tmp_path)
-    expected = models[0].encode(torch.from_numpy(Pictures(0).pixels)).mean(1)
-    torch.testing.assert_close(first, expected.detach())
-    assert not torch.equal(probe.compute_features(models[1], Pictures(0), tmp_path), first)
-    assert not torch.equal(probe.compute_features(models[0], Pictures(1), tmp_path), first)
-    monkeypatch.setattr(Pictures, "read", None)
-    assert torch.equal(probe.compute_features(models[0], Pictures(0), tmp_path), first)
+    first, labels = probe.compute_features(models[0], *pictures(0), tmp_path)
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for _, _, image in pictures(0)[1]]))
+    torch.testing.assert_close(first, models[0].encode(pixels).mean(1).detach())
+    assert labels.tolist() == ["even", "odd", "even", "odd"]
+    assert not torch.equal(probe.compute_features(models[1], *pictures(0), tmp_path)[0], first)
+    assert not torch.equal(probe.compute_features(models[0], *pictures(1), tmp_path)[0], first)
+    again, names = probe.compute_features(models[0], "0", None, tmp_path)
+    assert torch.equal(again, first) and names.tolist() == labels.tolist()
 
 
-def test_the_exported_encoder_gives_the_features(tmp_path):
-    from model import ViT
-
+def test_the_exported_encoder_gives_the_features_in_timm_and_in_plain_torch(tmp_path, monkeypatch):
+    """With the lines of the README as they stand."""
+    torch.manual_seed(0)
     model = Captioner(Config("tiny", 16, 50, 12, eos=49)).eval()
     probe.export_encoder(model, tmp_path / "encoder.pt")
-    saved = torch.load(tmp_path / "encoder.pt", weights_only=True)
-    encoder = ViT(Config("tiny", saved["timm"]["img_size"]))
-    encoder.load_state_dict(saved["state_dict"])
-    images = torch.from_numpy(Pictures(0).pixels)
-    with torch.no_grad():
-        prepared = (images.permute(0, 3, 1, 2) / 255 - saved["mean"][0]) / saved["std"][0]
-        torch.testing.assert_close(encoder(prepared), model.encode(images), atol=1e-5, rtol=0)
+    monkeypatch.chdir(tmp_path)
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for _, _, image in pictures(0)[1]]))
+    expected = model.encode(pixels).mean(1).detach()
+    for mark in ("timm", "plain torch"):
+        scope = {"images": pixels.permute(0, 3, 1, 2) / 255}
+        if mark == "timm":
+            hide_torchvision(monkeypatch)
+            pytest.importorskip("timm")
+        with torch.no_grad():
+            exec(readme(mark), scope)
+        torch.testing.assert_close(scope["features"], expected, atol=1e-5, rtol=0)
+
+
+def hide_torchvision(monkeypatch):
+    """timm imports torchvision, of which the CPU build of torch has none, and uses nothing of it here."""
+    class Name(type):
+        def __getattr__(cls, name):
+            return name
+
+    class Anything(types.ModuleType):
+        __path__ = []
+
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return Name(name, (), {}) if name[0].isupper() else Anything(name)
+
+        def __call__(self, *args, **kwargs):
+            return self
+
+    for name in ("", *".transforms .transforms.functional .transforms.v2 .ops .ops.misc .datasets .models "
+                 ".models.feature_extraction".split()):
+        monkeypatch.setitem(sys.modules, f"torchvision{name.strip()}", Anything(f"torchvision{name.strip()}"))
 
 
 def test_swaps_exchange_what_they_say(shapes):
-    items = probe.swap_items(probe.Drawings(shapes, "val"))
+    items = probe.swap_items(open_split(shapes, "shapes", "val"))
     assert len(items) == 3 * 150
     for item in items:
-        true, wrong = (set(enumerate(option.split())) for option in item["options"])
-        assert len(true - wrong) == {"colours": 2, "form": 1, "place": 1}[item["group"]]
+        true, wrong = (set(enumerate(option.split())) for option in item.options)
+        assert len(true - wrong) == {"colours": 2, "form": 1, "place": 1}[item.group]
 
 
 def test_official_files_are_read(tmp_path):
     sugar = {"0": {"filename": "1.jpg", "caption": "a dog", "negative_caption": "a cat"}}
     (tmp_path / "swap_obj.json").write_text(json.dumps(sugar))
-    item = {"image": f"{tmp_path}/1.jpg", "box": None, "group": "swap_obj", "options": ["a dog", "a cat"]}
+    item = (f"{tmp_path}/1.jpg", None, "swap_obj", ["a dog", "a cat"])
     assert probe.read_items("sugarcrepe", tmp_path, tmp_path) == [item]
     box = {"image_path": "1.jpg", "bbox_x": 1, "bbox_y": 2, "bbox_w": 3, "bbox_h": 4}
     box |= {"true_caption": "a", "false_caption": "b"}
@@ -165,46 +299,125 @@ def test_official_files_are_read(tmp_path):
     ):
         (tmp_path / "aro.json").write_text(json.dumps([box | extra]))
         (found,) = probe.read_items(dataset, tmp_path / "aro.json", tmp_path)
-        assert found["box"] == (1, 2, 4, 6) and found["group"] == group
+        assert found.box == (1, 2, 4, 6) and found.group == group
+    (tmp_path / "aro.json").write_text('[{"image": "x", "options": ["one", "two", "three"]}]')
+    assert probe.read_items("options", tmp_path / "aro.json", "")[0] == ("x", None, "aro", ["one", "two", "three"])
     for broken in ("[1]", "{}}", '[{"image": "x", "options": ["one"]}]'):
         (tmp_path / "aro.json").write_text(broken)
         with pytest.raises(UserError, match="not the annotations"):
             probe.read_items("options", tmp_path / "aro.json", tmp_path)
 
 
-def test_ties_lose_and_means_are_macro(capsys):
-    items = [{"group": group} for group in ("on", "on", "near")]
-    scores = [np.array([-1.0, -2.0]), np.array([-2.0, -2.0]), np.array([-1.0, -3.0])]
-    rows = (scores, [s * 0 for s in scores], [np.array([1, 4])] * 3, [np.array([0.0, 0.0])] * 3)
-    record = probe.print_compositionality("aro-relation", items, {"log p": rows}, causal=True)["log p"]
+def report(dataset, groups, scores, owner=None, **arrays):
+    """report_items of one rule, without lengths that matter and blind scores of 0."""
+    scores = np.array(scores, dtype=float)
+    items = [probe.Item("x", None, group, ["a", "b"]) for group in groups]
+    lengths, terms = (arrays.get(name, fill(scores.shape)) for name, fill in (("lengths", np.ones), ("terms", np.zeros)))
+    owner = np.arange(len(items)) if owner is None else np.array(owner)
+    return probe.report_items(dataset, items, {"log p": (scores, scores * 0)}, lengths, terms, owner)["log p"]
+
+
+def test_ties_lose_and_means_are_macro():
+    scores = [[-1, -2], [-2, -2], [-1, -3]]
+    record = report("aro-relation", ("on", "on", "near"), scores, lengths=np.array([[1, 4]] * 3))
     assert record["on"]["sum"] == 50 and record["near"]["sum"] == 100 and record["on"]["a token"] == 0
     assert record["mean of groups"]["sum"] == 75 and record["not symmetric"]["sum"] == 50
     assert record["on"]["sum blind"] == 0, "a tie is wrong"
+    assert "+ length" not in record["on"]
+    record = report("options", ("a", "a"), [[-1, -2], [-2, -1]], terms=np.array([[-3.0, 0], [0, -3.0]]))
+    assert record["a"]["sum"] == 50 and record["a"]["+ length"] == 50
+    symmetric = (ROOT / "assets" / "aro-symmetric.txt").read_text().splitlines()
+    assert len(symmetric) == 157 and {"near", "by", "around"} < set(symmetric) and "on" not in symmetric
+
+
+def test_attribute_pairs_count_from_25_cases_on():
+    record = report("aro-attribution", ["red_old"] * 25 + ["wet_new"] * 24, [[-1, -2]] * 25 + [[-2, -1]] * 24)
+    assert record["mean of groups"]["sum"] == 100 and "wet_new" not in record
+
+
+def test_an_image_counts_once_in_the_standard_error():
+    """Thrice the same items of each image are no more evidence than once."""
+    scores = np.random.default_rng(0).normal(size=(30, 2))
+    once = report("options", ["a"] * 30, scores)
+    thrice = report("options", ["a"] * 90, np.repeat(scores, 3, 0), np.repeat(np.arange(30), 3))
+    assert thrice["gain"] == pytest.approx(once["gain"]) and thrice["gain_se"] == pytest.approx(once["gain_se"])
+    assert once["gain_se"] == pytest.approx(scores[:, 0].std() / 30**0.5)
 
 
 @pytest.mark.parametrize("objective", ["mdc", "ar", "clip"])
-def test_scores_of_items_do_not_depend_on_the_batch(shapes, tmp_path, objective):
-    from data import open_split
-
+def test_every_caption_gets_the_score_of_its_own_and_of_other_images(shapes, objective):
+    """Whatever the batches are: equal to score_captions called by hand, item by item; images are read about once."""
     split = open_split(shapes, "shapes", "val")
     torch.manual_seed(0)
     model = Captioner(Config("tiny", 16, split.tokenizer.n_vocab, 16, split.tokenizer.eot_token, objective=objective))
     if objective != "clip":
         torch.nn.init.normal_(model.decoder.head.weight)
     checkpoint = {"tokenizer": split.meta["tokenizer"], "lengths": {13: 9}, "options": {"ratios": (0.5, 1.0)}}
-    drawings = probe.Drawings(shapes, "val", 5)
-    items = probe.swap_items(drawings)
-    few, many = (
-        probe.score_items(model.eval(), checkpoint, items, lambda i, side: drawings.read(i["image"], side), 4, 0, size)
-        for size in (4, 32)
-    )
-    for rule in few:
-        for a, b in zip(few[rule], many[rule], strict=True):
-            np.testing.assert_allclose(np.concatenate(a), np.concatenate(b), rtol=1e-3, atol=1e-3)
-        real, blind = (np.concatenate(column) for column in few[rule][:2])
-        assert not np.allclose(real, blind, atol=1e-4)
+    items = [item for item in probe.swap_items(split) if item.image < 5][2:]
+    items.append(items[0]._replace(options=[*items[0].options, "a small cat"]))
+    read = []
+
+    def find_image(i):
+        read.append(i)
+        return split.image(i)
+
+    many = probe.score_items(model.eval(), checkpoint, items, find_image, 4, 0, 32)
+    assert len(read) <= 5 + 2
+    few = probe.score_items(model, checkpoint, items, find_image, 4, 0, 2)
+    rule, words = {"mdc": ("parallel", ["parallel"]), "ar": ("log p", []), "clip": ("cosine", [])}[objective]
+    for a, b in zip(many[0][rule] + many[1:], few[0][rule] + few[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    real, blind = many[0][rule]
+    assert np.isneginf(real[:-1, 2]).all() and many[1][0, 0] == len(split.captions(items[0].image)[0])
+    images = [torch.from_numpy(probe.read_square("", split.image(i), 16))[None] for i in range(5)]
+    for item, scores, others in zip(items, real, blind, strict=True):
+        tokens = [[*split.tokenizer.encode_ordinary(text), split.tokenizer.eot_token] for text in item.options]
+        with torch.no_grad():
+            table = [
+                probe.score_captions(model, model.encode(image).expand(len(tokens), -1, -1), tokens, *words).numpy()
+                for image in images
+            ]
+        np.testing.assert_allclose(scores[: len(tokens)], table[item.image], rtol=1e-3, atol=1e-3)
+        pairs = [
+            np.logaddexp(table[i], table[j]) - np.log(2)
+            for i in range(5)
+            for j in range(i)
+            if item.image not in (i, j)
+        ]
+        assert min(np.abs(others[: len(tokens)] - pair).max() for pair in pairs) < 1e-2, "not two other images"
+
+
+def test_boxes_are_cut_to_the_image_and_missing_images_are_counted(tmp_path, script, shapes):
+    Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(tmp_path / "1.png")
+    inside, beyond = (probe.read_square("x", tmp_path / "1.png", 8, box) for box in ((2, 2, 10, 10), (2, 2, 99, 10**9)))
+    assert np.array_equal(inside, beyond)
+    with pytest.raises(UserError, match="x: its box .* is empty; an evaluation needs every image"):
+        probe.read_square("x", tmp_path / "1.png", 8, (3, 3, 3, 8))
+    split = open_split(shapes, "shapes", "val")
+    config = {"size": "tiny", "image_size": 16, "vocab_size": split.tokenizer.n_vocab, "max_tokens": 16}
+    config |= {"eos": split.tokenizer.eot_token}
+    weights = Captioner(Config(**config)).state_dict()
+    checkpoint = {"model": weights, "config": config, "options": {"ratios": (0.5, 1.0)}, "lengths": {13: 9}, "step": 0}
+    torch.save(checkpoint | {"tokenizer": split.meta["tokenizer"]}, tmp_path / "ckpt.pt")
+    caption = decode_caption(split.tokenizer, split.captions(0)[0])
+    rows = [{"image": f"{i}.png", "options": [caption, "a cat"]} for i in (1, 2, 3, 4)]
+    (tmp_path / "items.json").write_text(json.dumps(rows))
+    for i in (2, 3):
+        Image.new("RGB", (10, 10), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    command = ("probe.py", "--ckpt", tmp_path / "ckpt.pt", "--dataset", "options", "--source", tmp_path / "items.json")
+    said = script(*command, "--images", tmp_path, expect=2).stderr
+    assert re.fullmatch(r"error: 1 images are missing, .*4.png first: .*--allow-missing .*\n", said)
+    said = script(*command, "--images", tmp_path, "--allow-missing", "--samples", 2).stdout
+    assert "1 images are missing, 3 items are left" in said and "4.png" in said
+    record = json.loads((tmp_path / "probe.jsonl").read_text())
+    assert record["items"] == 3 and set(record["results"]) == {
+        "monte-carlo",
+        "trained range",
+        "parallel",
+        "leave-one-out",
+    }
 
 
 def test_cifar10_tars(photographs):
-    split = probe.Labelled(photographs, "cifar10", ["test"])
-    assert len(split.items) == 2000 and split.read(0, 32).shape == (32, 32, 3) and len(set(split.labels)) == 10
+    labels = [label for label, _, _ in probe.open_labelled(photographs, "cifar10", "test")[1]]
+    assert len(labels) == 2000 and len(set(labels)) == 10
