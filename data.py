@@ -1,28 +1,28 @@
 """Captioned images in, shards out, batches from shards.
 
     python data.py --dataset shapes                                              # the embedded data set, drawn here
-    python data.py --dataset cc3m --split train --source 'cc3m/*.tar'            # img2dataset / WebDataset tars
+    python data.py --dataset cc3m --source 'cc3m/*.tar'                          # img2dataset / WebDataset tars
     python data.py --dataset coco --split val --source val2017 --captions captions_val2017.json
+    python data.py --dataset cc3m coco --stats                                   # or, of one, --verify
 
-A source is read once: every image is resized, every caption tokenized, and both go to shards that training reads
-through memory maps. A shard NNNNN.shard is the bytes of its images one after the other, zeros up to a multiple of 8,
-and three little-endian arrays whose lengths are in meta.json (n samples, m captions, k tokens):
+Every image is resized once and every caption tokenized once. DATA_DIR/DATASET/SPLIT then holds, little-endian,
 
-    samples     RECORD [n]    where the sample's image and captions end, its sizes, its key
-    token_ends  int64 [m]     where each caption ends in tokens
-    tokens      uint16 or uint32 [k] (meta: token_dtype), every caption with its EOS
+    NNNNN.shard    of each sample the bytes of its image, then its captions in uint32 tokens, each with its EOS
+    samples.bin    of each sample one RECORD, which says where it is; the held-out samples come last
+    meta.json      what is needed to read the others: record, tokenizer, counts, checksums
 
-An image is a JPEG, or for small pictures raw RGB (meta: encoding). It keeps its aspect ratio, so that a random crop
-can use all of the photograph. The last `held_out` samples of a shard (those whose key hashes below 0.5 %) are the
-validation split of data sets that come without one.
+and is memory-mapped. Images (JPEG; up to 64 px PPM, which is faster) keep their aspect ratio, so that a random crop can
+use all of the photograph. The held-out samples, whose keys hash below 0.5 %, validate where there is no other split.
+Sources may be hostile: nothing is unpacked, and a worker holds one sample at a time, in less than 1 GB.
 
-Nothing in the loader is random in the usual sense: order, crop, choice of caption and masking noise are functions of
-(seed, position in the run). They are the same for any number of processes, and a resumed run needs no saved state.
+Nothing in the loader is random in the usual sense: order, crop, choice of caption and noise are functions of
+(seed, position in the run), whatever the number of processes, and a resumed run needs no saved state.
 """
 import argparse
 import contextlib
 import csv
-import functools
+import errno
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -34,30 +34,24 @@ import re
 import sys
 import tarfile
 import warnings
-import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:                                   # Windows has no flock: do not prepare a split twice at once there
-    fcntl = None
-
-FORMAT = 1                                            # of the shards; raised when a reader of the old one would misread
-RECORD = np.dtype([("image_end", "<i8"), ("caption_end", "<i8"), ("size", "<i4", 2), ("original_size", "<i4", 2),
-                   ("key", "S48")])                   # sizes are (width, height); of a longer key the end is kept
+FORMAT = 2                                            # of the shards; raised when a reader of the old one would misread
+RECORD = np.dtype([("key", "S48"), ("shard", "<i4"), ("start", "<i8"), ("image_bytes", "<i4"), ("tokens", "<i4"),
+                   ("width", "<i4"), ("height", "<i4"), ("held_out", "|b1")])   # the size is that of the source
 HELD_OUT, HELD_OUT_MOST = 0.005, 10_000
 UNIT_SAMPLES = 2048                                   # in a shard of anything but tars; a tar becomes one shard
-MAX_PIXELS, MAX_RATIO, MIN_SIDE = 64_000_000, 10, 8
+MAX_PIXELS, MAX_RATIO, MIN_SIDE, PPM_SIDE = 50_000_000, 10, 8, 64
 IMAGE_TYPES, TEXT_TYPES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
-MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 64 << 20) | dict.fromkeys(TEXT_TYPES, 1 << 16)   # of one file
+MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 1 << 25) | dict.fromkeys(TEXT_TYPES, 1 << 20)    # larger files are not read
 
 
 class UserError(Exception):
@@ -73,9 +67,10 @@ def run(main):
     try:
         main()
     except (UserError, OSError) as problem:
-        if isinstance(problem, OSError) and problem.filename is None:
+        if isinstance(problem, OSError) and not problem.filename and problem.errno != errno.ENOSPC:
             raise
-        sys.stderr.write(f"error: {problem}\n")
+        words = str(problem).split("UserError: ")[-1].strip()       # loader processes send theirs with a traceback
+        sys.stderr.write(f"error: {words}\n")
         sys.exit(2)
 
 
@@ -102,20 +97,15 @@ PIECE = r" ?\w+| ?[^\w\s]+|\s+"                       # cuts any text into piece
 
 def load_tokenizer(spec):
     """{"name": "gpt2"} or {"name": "words:N", "pieces": [...]} -> tiktoken.Encoding; its `eot_token` is our EOS.
-
-    Raises UserError if tiktoken does not know the name, or would have to download it and cannot.
-    """
+    Raises UserError if tiktoken does not know the name, or would have to download it and cannot."""
     if "pieces" in spec:
         ranks = [bytes([b]) for b in range(256)] + [piece.encode() for piece in spec["pieces"]]
         return tiktoken.Encoding(spec["name"], pat_str=PIECE, mergeable_ranks={r: i for i, r in enumerate(ranks)},
                                  special_tokens={"<|endoftext|>": len(ranks)})
-    if spec["name"] not in tiktoken.list_encoding_names():
-        names = ", ".join(tiktoken.list_encoding_names())
-        raise UserError(f"tokenizer {spec['name']!r} is unknown: expected words:N (words:8000, say) or one of {names}")
     try:
         return tiktoken.get_encoding(spec["name"])
-    except (OSError, ValueError) as problem:          # requests' errors are OSErrors; ValueError: a damaged cache
-        raise UserError(f"tokenizer {spec['name']!r} could not be downloaded ({type(problem).__name__}): set "
+    except (OSError, ValueError) as problem:          # no network, a damaged cache, an unknown name
+        raise UserError(f"tokenizer {spec['name']!r} is unknown or not to be had ({type(problem).__name__}): set "
                         "TIKTOKEN_CACHE_DIR to a folder that has it, or make one with --tokenizer words:8000") from None
 
 
@@ -129,43 +119,37 @@ def words_tokenizer(name, counts):
 
 def decode_caption(tokenizer, tokens):
     """Token ids -> the text before the first EOS."""
-    tokens = [int(token) for token in tokens]
-    end = tokens.index(tokenizer.eot_token) if tokenizer.eot_token in tokens else len(tokens)
-    return tokenizer.decode(tokens[:end], errors="replace").strip()
+    before_end = itertools.takewhile(lambda token: token != tokenizer.eot_token, map(int, tokens))
+    return tokenizer.decode(list(before_end), errors="replace").strip()
 
 
 # ---------------------------------------------------------------------------------------------- images
 def open_image(file, short_side=None):
     """File name or binary file -> upright RGB PIL image; `info["original_size"]` is its size in the file.
-
     With `short_side` a JPEG may come back smaller, but never below it. Transparency becomes white.
-    Raises BadSample with the reason: everything that a hostile file can do has to end here.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(file, formats=("JPEG", "PNG", "WEBP"))
-        except FileNotFoundError:
-            raise BadSample("no such file") from None
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise BadSample("image of an absurd size") from None
-        except Exception:
-            raise BadSample("not a JPEG, PNG or WebP image") from None
-    width, height = size = image.size
-    if min(size) < MIN_SIDE or max(size) > MAX_RATIO * min(size) or width * height > MAX_PIXELS:
-        raise BadSample("image of an absurd size")
+    Raises BadSample with the reason: everything that a hostile file can do has to end here."""
     try:
+        image = Image.open(file, formats=("JPEG", "PNG", "WEBP", "PPM"))
+        width, height = size = image.size
+        if min(size) < MIN_SIDE or max(size) > MAX_RATIO * min(size) or width * height > MAX_PIXELS:
+            raise Image.DecompressionBombError
         if short_side:                                # a JPEG can be decoded at 1/2, 1/4 or 1/8 if that is still enough
             image.draft("RGB", (width * short_side // min(size), height * short_side // min(size)))
         image.load()
+    except FileNotFoundError:
+        raise BadSample("no such file") from None
+    except Image.DecompressionBombError:
+        raise BadSample("image of an absurd size") from None
+    except Image.UnidentifiedImageError:
+        raise BadSample("not a JPEG, PNG or WebP image") from None
     except Exception:                                 # Pillow's decoders raise a dozen different types
         raise BadSample("image data is broken") from None
-    with warnings.catch_warnings(), contextlib.suppress(Exception):
-        warnings.simplefilter("error")                # a broken EXIF block says nothing about the picture
-        image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):              # a broken EXIF block says nothing about the picture
+        ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
+        image, layer = Image.new("RGB", image.size, "white"), image.convert("RGBA")
+        image.paste(layer, mask=layer)
+    image = image if image.mode == "RGB" else image.convert("RGB")
     image.info["original_size"] = size
     return image
 
@@ -177,16 +161,6 @@ def crop_square(image, side, box=None):
         left, top = ((length - short) // 2 for length in image.size)
         box = (left, top, left + short, top + short)
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
-
-
-def random_box(rng, width, height, scale):
-    """RandomResizedCrop's box: scale..1 of the area, aspect ratio 3/4..4/3, cut to the image; None for scale 1."""
-    if scale >= 1:
-        return None
-    area, aspect = width * height * rng.uniform(scale, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
-    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    return (left, top, left + w, top + h)
 
 
 # ---------------------------------------------------------------------------------------------- shapes
@@ -201,167 +175,143 @@ SHAPES_CAPTION = re.compile(r"a (?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+) at 
 
 def draw_shapes(seed, pixels):
     """One picture of the embedded data set and its caption, functions of the seed: PIL image [pixels,pixels], str.
-
     Every attribute is in the caption, so SHAPES_CAPTION can judge a caption by rule and label pictures for probing.
     Object and background never share a colour: exchanging the two words makes a wrong caption of the same words.
-    Backgrounds are pale and objects are not: with contrasts of both signs, forms stayed at chance for three minutes.
-    """
+    Backgrounds are pale and objects are not: with contrasts of both signs, forms stayed at chance for three minutes."""
     rng = np.random.default_rng(seed)
     size, form = list(FORM_SIZES)[rng.integers(2)], FORMS[rng.integers(len(FORMS))]
     colour, background = rng.permutation(list(COLOURS))[:2]
     column, row = rng.integers(3, size=2)
-    scale = 3 * pixels                                # drawn three times as large, then averaged
-    r = scale * FORM_SIZES[size] * rng.uniform(0.95, 1.05)
-    x, y = scale * ((np.array([column, row]) + 0.5) / 3 + rng.uniform(-0.02, 0.02, 2))
-    image = Image.new("RGB", (scale, scale), tuple(255 - (255 - c) * 2 // 5 for c in COLOURS[background]))
-    draw, fill = ImageDraw.Draw(image), COLOURS[colour]
-    if form == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill)
-    elif form == "cross":
-        draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill)
-        draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill)
-    else:
-        corners = 4 if form == "square" else 3
-        angle = 2 * np.pi * np.arange(corners) / corners - np.pi / (4 if form == "square" else 2)
-        draw.polygon([*zip(x + 1.2 * r * np.cos(angle), y + 1.2 * r * np.sin(angle), strict=True)], fill)
-    picture = np.asarray(image.resize((pixels, pixels), Image.Resampling.BOX)) + rng.normal(0, 4, (pixels, pixels, 3))
+    radius = FORM_SIZES[size] * rng.uniform(0.95, 1.05)
+    x, y = (np.array([column, row]) + 0.5) / 3 + rng.uniform(-0.02, 0.02, 2)
+    grid = (np.arange(3 * pixels) + 0.5) / (3 * pixels)           # drawn three times as large, then averaged
+    u, v = (grid - x) / radius, (grid[:, None] - y) / radius
+    far, near = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
+    inside = {"circle": u * u + v * v < 1, "square": far < 0.85, "cross": (far < 1) & (near < 1 / 3),
+              "triangle": (v < 0.6) & (abs(u) * 3 ** 0.5 < v + 1.2)}[form]
+    share = inside.reshape(pixels, 3, pixels, 3, 1).mean((1, 3))
+    pale = 255 - (255 - np.array(COLOURS[background])) * 2 // 5
+    picture = share * COLOURS[colour] + (1 - share) * pale + rng.normal(0, 4, (pixels, pixels, 3))
     caption = f"a {size} {colour} {form} at the {ROWS[row]} {COLUMNS[column]} of a {background} background"
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), caption
 
 
 # ---------------------------------------------------------------------------------------------- sources
-def sample_of(name):
-    """File name -> (folder, name up to the first dot): the files that share it are one sample (WebDataset's rule)."""
-    folder, name = os.path.split(name)
-    return folder, name.partition(".")[0]
-
-
-def extension_of(name):
-    """File name -> what follows its last dot, in lower case."""
-    return name.rpartition(".")[2].lower()
+def split_name(name):
+    """File name -> name without extension, which the files of a sample share, and extension: a/b.JPG -> a/b, jpg."""
+    stem, extension = os.path.splitext(name)
+    return stem, extension[1:].lower()
 
 
 def find_units(dataset, split, source, captions):
-    """What there is to read, one unit of work a shard: a list of JSON-ready lists.
-
-    ["shapes", first seed, count], ["tar", file, bytes], ["files", [name, ...]] or
-    ["table", folder, [[image, [captions]], ...]]. Raises UserError if there is nothing.
-    """
+    """What there is to read, one unit a shard: ["shapes", first seed, count], ["tar", file, bytes],
+    ["folder", path, images] or ["table", folder, [image, captions], ...]. Raises UserError if there is nothing."""
     if dataset == "shapes":
         first, count = (0 if split == "train" else 1 << 32), SHAPES_SAMPLES[split]
         return [["shapes", first + i, min(UNIT_SAMPLES, count - i)] for i in range(0, count, UNIT_SAMPLES)]
-    found = sorted(path for pattern in source or [] for path in glob.glob(os.path.expanduser(pattern)))
-    if not found:
-        raise UserError(f"--source {' '.join(source or ['is missing'])}: no such file; expected tars or a folder, "
-                        f"for example --source '{dataset}/*.tar'")
-    if captions:
-        table = sorted(read_caption_table(captions).items())
-        return [["table", found[0], table[i:i + UNIT_SAMPLES]] for i in range(0, len(table), UNIT_SAMPLES)]
-    names = [str(f) for path in found for f in ([path] if os.path.isfile(path) else sorted(Path(path).rglob("*")))]
-    units = [["tar", name, os.path.getsize(name)] for name in names if name.endswith((".tar", ".tar.gz"))]
-    names = sorted((name for name in names if extension_of(name) in MAX_BYTES), key=sample_of)
-    samples = [list(files) for _, files in itertools.groupby(names, sample_of)]
-    units += [["files", sum(samples[i:i + UNIT_SAMPLES], [])] for i in range(0, len(samples), UNIT_SAMPLES)]
-    if not units:
-        raise UserError(f"--source {' '.join(source)}: expected .tar files, or images with a .txt or .json of the same "
-                        "name, or with --captions FILE a folder of images")
-    return units
+    found = [path for pattern in source or [] for path in glob.glob(os.path.expanduser(pattern))]
+    if captions and found:
+        table = read_table(captions)
+        return [["table", found[0], *table[i:i + UNIT_SAMPLES]] for i in range(0, len(table), UNIT_SAMPLES)]
+    files = sorted({str(path) for top in found for path in (top, *Path(top).rglob("*"))})
+    folders = Counter(os.path.dirname(file) for file in files if split_name(file)[1] in IMAGE_TYPES)
+    units = [["tar", file, os.path.getsize(file)] for file in files if split_name(file)[1] == "tar"]
+    if not units and not folders:
+        raise UserError(f"--source {' '.join(source or ['is missing'])}: nothing there; expected .tar files, images "
+                        "with a .txt or .json of the same name, or with --captions FILE a folder of images")
+    return units + [["folder", *item] for item in folders.items()]
 
 
-def read_caption_table(path):
-    """COCO's captions_*.json, a CSV `image,caption` or Flickr's lines `image#0<TAB>caption` -> {image: [captions]}."""
+def read_table(path):
+    """COCO's captions_*.json, a CSV `image,caption` or Flickr's lines `image#0<TAB>caption` -> [(image, captions)]."""
     table = {}
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="") as file:
-            if ".json" in Path(path).name:
+            if ".json" in os.path.basename(path):
                 coco = json.load(file)
                 names = {image["id"]: image["file_name"] for image in coco["images"]}
-                notes = sorted(coco["annotations"], key=lambda note: note["id"])
-                rows = [(names[note["image_id"]], note["caption"]) for note in notes]
-            elif "token" in Path(path).name:
+                rows = [(names[note["image_id"]], note["caption"]) for note in coco["annotations"]]
+            elif "token" in os.path.basename(path):
                 rows = [line.rstrip().split("\t") for line in file if line.strip()]
             else:
                 rows = [row for row in csv.reader(file, skipinitialspace=True) if row][1:]
         for name, caption in rows:
             table.setdefault(name.partition("#")[0], []).append(caption)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as problem:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as problem:
         raise UserError(f"--captions {path}: {type(problem).__name__}: {problem}; expected COCO's captions_*.json, "
                         "a CSV with the header `image,caption`, or Flickr's *.token.txt") from None
-    return table
+    return sorted(table.items())
 
 
-def read_members(unit, image_size, skipped, text_only):
-    """Yield (name, bytes) of every file in a unit, those of a sample one after the other; nothing is extracted.
-
-    Of a file that is too long come one byte more than allowed, which make_sample refuses; text_only leaves images
-    unread. Members of tars that are no files are counted in `skipped`, a Counter.
-    """
-    def read(name, file):
-        with file:
-            unread = text_only and extension_of(name) in IMAGE_TYPES
-            return name, b"" if unread else file.read(MAX_BYTES[extension_of(name)] + 1)
-
-    kind, *rest = unit
-    if kind == "shapes":
-        for seed in range(rest[0], sum(rest)):
-            image, caption = draw_shapes(seed, image_size)
-            image.save(png := io.BytesIO(), "PNG", compress_level=0)
-            yield f"{seed:012d}.png", png.getvalue()
-            yield f"{seed:012d}.txt", caption.encode()
-    elif kind == "table":
-        for name, captions in rest[1]:
-            yield f"{name}.json", json.dumps({"captions": captions}).encode()
-            if os.path.isfile(path := os.path.join(rest[0], name)) and extension_of(name) in IMAGE_TYPES:
-                yield read(name, open(path, "rb"))
-    elif kind == "files":
-        for name in rest[0]:
-            yield read(name, open(name, "rb"))
-    else:
+def read_tar(path, types, skipped):
+    """Yield as read_files. Only headers are left to tarfile, which would read long names of gigabytes and recurse into
+    endless ones. Members that are no files, and what follows damage, are counted in `skipped`."""
+    long_name, total = None, os.path.getsize(path)
+    with open(path, "rb") as file:
         try:
-            with tarfile.open(rest[0], "r:gz" if rest[0].endswith("gz") else "r:") as tar:
-                for member in tar:
-                    tar.members = []                  # tarfile remembers every member it has seen; we need none
-                    if not member.isreg():
-                        skipped["tar member is a link or a device"] += not member.isdir()
-                    elif extension_of(member.name) in MAX_BYTES:
-                        yield read(member.name, tar.extractfile(member))
-                tar.fileobj.seek(tar.offset)          # tarfile takes a damaged header for the end; the end is zeros
-                if tar.fileobj.read(512) != bytes(512):
-                    raise tarfile.ReadError
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile):
+            while (header := file.read(512)) != bytes(512):             # zeros are the end
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
+                start, size, (stem, kind) = file.tell(), member.size, split_name(long_name or member.name)
+                if not 0 <= size <= total - start:
+                    raise tarfile.HeaderError
+                long_name = None
+                if member.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):      # of the member that follows
+                    text = file.read(min(size, 1 << 16)).decode(errors="replace")
+                    found = re.search(r"\d+ path=(.*)\n" if member.type == tarfile.XHDTYPE else r"([^\0]+)", text)
+                    long_name = found and found[1]
+                elif member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.XGLTYPE):
+                    skipped["tar member is not a file"] += 1
+                elif kind in types:
+                    yield stem, kind, file.read(min(size, MAX_BYTES[kind] + 1))
+                file.seek(start + size + -size % 512)
+        except tarfile.HeaderError:
             skipped["tar is cut short or damaged"] += 1
 
 
-def read_unit(unit, image_size, skipped, text_only=False):
-    """Yield (key, {extension: bytes}) for each sample of a unit; the arguments are read_members's."""
-    members = read_members(unit, image_size, skipped, text_only)
-    for (_, key), files in itertools.groupby(members, lambda member: sample_of(member[0])):
-        yield key, {extension_of(name): content for name, content in files}
+def read_files(unit, types, skipped, pixels):
+    """Yield (stem, type, bytes) of a unit's files of these types, those of a sample one after the other. A file that is
+    larger than MAX_BYTES is cut one byte later. `pixels` is the size of drawings."""
+    kind, place, *rest = unit
+    if kind == "shapes":
+        for seed in range(place, place + rest[0]):
+            image, caption = draw_shapes(seed, pixels)
+            image.save(picture := io.BytesIO(), "PPM")
+            yield from ((f"{seed:012d}", "png", picture.getvalue()), (f"{seed:012d}", "txt", caption.encode()))
+    elif kind == "tar":
+        yield from read_tar(place, types, skipped)
+    else:
+        for name, captions in rest if kind == "table" else [(name, None) for name in sorted(os.listdir(place))]:
+            (stem, kind), path = split_name(name), os.path.join(place, name)
+            if captions:
+                yield stem, "json", json.dumps({"captions": captions}).encode()
+            if kind in types and os.path.isfile(path):
+                with open(path, "rb") as file:
+                    yield stem, kind, file.read(MAX_BYTES[kind] + 1)
 
 
-def read_captions(files, caption_key):
-    """{extension: bytes} of a sample -> its captions, white space collapsed. Raises BadSample.
+def read_samples(unit, types, skipped, caption_key, pixels=MIN_SIDE):
+    """Yield (key, {type: bytes}, captions) of a unit's samples, counting in `skipped` those without a usable caption.
 
-    JSON's `caption_key`, or if that is None JSON's "captions", KEY.txt or JSON's "caption", the first that is there.
-    CC12M's <PERSON> becomes "person", one common word for five odd pieces.
-    """
-    for extension, content in files.items():
-        if len(content) > MAX_BYTES[extension]:
-            raise BadSample("image file is too large" if extension in IMAGE_TYPES else "caption is too long")
-    try:
-        record = json.loads(files.get("json", b"{}"))
+    Captions are JSON's `caption_key`, or if that is None JSON's "captions", KEY.txt or JSON's "caption", the first that
+    is there; white space is collapsed. CC12M's <PERSON> becomes "person", one common word for five odd pieces."""
+    for stem, group in itertools.groupby(read_files(unit, types, skipped, pixels), lambda file: file[0]):
+        files = {kind: content for _, kind, content in group}
+        try:
+            text, record = files.get("txt", b"").decode(), json.loads(files.get("json", b"{}"))
+        except (ValueError, RecursionError) as problem:
+            skipped["caption is not UTF-8" if isinstance(problem, UnicodeDecodeError) else "broken JSON"] += 1
+            continue
         record = record if isinstance(record, dict) else {}
-        text = files.get("txt", b"").decode()
-    except UnicodeDecodeError:
-        raise BadSample("caption is not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise BadSample("broken JSON") from None
-    found = record.get(caption_key) if caption_key else record.get("captions") or text or record.get("caption")
-    captions = [c for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
-    captions = [" ".join(c.replace("\0", " ").replace("<PERSON>", "person").split()) for c in captions]
-    if not any(captions):
-        raise BadSample("no caption")
-    return [caption for caption in captions if caption]
+        found = record.get(caption_key) if caption_key else record.get("captions") or text or record.get("caption")
+        captions = [caption for caption in (found if isinstance(found, list) else [found]) if isinstance(caption, str)]
+        captions = [caption.replace("\0", " ").replace("<PERSON>", "person").split() for caption in captions]
+        captions = [" ".join(words).encode(errors="replace").decode() for words in captions if words]
+        if any(len(content) > MAX_BYTES[kind] for kind, content in files.items()):
+            skipped["file is too large"] += 1
+        elif not captions:
+            skipped["no caption"] += 1
+        else:
+            yield os.path.basename(stem), files, captions
 
 
 # ---------------------------------------------------------------------------------------------- writing shards
@@ -390,224 +340,177 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1).encode())
 
 
+def fingerprint(path):
+    """Size and checksum of a file, as in meta.json."""
+    with open(path, "rb") as file:
+        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def write_shard(unit, number, folder, plan):
-    """Read a unit and write its shard; returns (and leaves in NNNNN.json) the shard's entry of meta.json.
-
-    The same unit and plan give the same bytes. A unit whose NNNNN.json is there was finished by an earlier run.
-    """
-    path = folder / f"{number:05d}.shard"
-    if path.with_suffix(".json").exists():
-        return json.loads(path.with_suffix(".json").read_text())
-    tokenizer, short_side = load_tokenizer(plan["tokenizer"]), plan["stored_side"]
-    records, token_ends, tokens, held_out, skipped = [], [], [], [], Counter()
-
-    def add(data, captions, *rest):
-        file.write(data)
-        for caption in captions:
-            tokens.extend(caption)
-            token_ends.append(len(tokens))
-        records.append((file.tell(), len(token_ends), *rest))
-
-    with open(f"{path}.tmp", "w+b") as file:
-        for key, files in read_unit(unit, plan["image_size"], skipped):
+    """Read a unit and write NNNNN.shard, its records NNNNN.samples and last its counts NNNNN.done, which say what it
+    was made from. Returns those counts; what an earlier run has finished is left alone."""
+    shard_file, samples_file, done_file = (folder / f"{number:05d}.{name}" for name in ("shard", "samples", "done"))
+    made_from = hashlib.sha256(json.dumps([unit, plan]).encode()).hexdigest()
+    if done_file.exists() and (done := json.loads(done_file.read_text()))["made_from"] == made_from:
+        return done
+    warnings.simplefilter("ignore")                   # Pillow's, of sizes that are refused and of broken EXIF blocks
+    tokenizer, side, lengths, skipped = load_tokenizer(plan["tokenizer"]), plan["stored_side"], Counter(), Counter()
+    with open(shard_file, "wb") as shard, open(samples_file, "wb") as samples:
+        for key, files, captions in read_samples(unit, MAX_BYTES, skipped, plan["caption_key"], plan["image_size"]):
+            found = [files[kind] for kind in IMAGE_TYPES if kind in files]
             try:
-                captions, found = read_captions(files, plan["caption_key"]), [e for e in IMAGE_TYPES if e in files]
-                if not found:
-                    raise BadSample("no image")
-                image = open_image(io.BytesIO(files[found[0]]), short_side)
+                image = open_image(io.BytesIO(found[0] if found else b""), side)
             except BadSample as reason:
-                skipped[str(reason)] += 1
+                skipped[str(reason) if found else "no image"] += 1
                 continue
-            original_size = image.info["original_size"]
-            if min(image.size) > short_side:          # never upscaled
-                size = [round(side * short_side / min(image.size)) for side in image.size]
+            original_size, image.info = image.info["original_size"], {}     # JPEGs would keep comments from there
+            if min(image.size) > side:                # never upscaled
+                size = [round(length * side / min(image.size)) for length in image.size]
                 image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-            data = image.tobytes()
-            if plan["encoding"] == "jpeg":
-                image.save(buffer := io.BytesIO(), "JPEG", quality=90)
-                data = buffer.getvalue()
+            image.save(encoded := io.BytesIO(), plan["encoding"], quality=90)
             captions = [[*tokenizer.encode_ordinary(caption), tokenizer.eot_token] for caption in captions]
-            key = key.encode(errors="replace")[-RECORD["key"].itemsize:]
-            sample = (data, captions, image.size, original_size, key)
-            if int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < HELD_OUT * 2 ** 64:
-                held_out.append(sample)
-            else:
-                add(*sample)
-        for sample in held_out:
-            add(*sample)
-        image_bytes = file.tell()
-        file.write(bytes(-image_bytes % 8))
-        for array in (np.array(records, RECORD), np.array(token_ends, "<i8"), np.array(tokens, plan["token_dtype"])):
-            file.write(array.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-        lengths = Counter(np.diff(token_ends, prepend=0).tolist())
-        entry = {"samples": len(records), "held_out": len(held_out), "captions": len(token_ends), "tokens": len(tokens),
-                 "image_bytes": image_bytes, "bytes": file.tell(), "skipped": skipped,
-                 "lengths": sorted(lengths.items())}
-        file.seek(0)
-        entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    os.replace(f"{path}.tmp", path)
-    write_json(path.with_suffix(".json"), entry)
-    return entry
+            lengths.update(str(len(caption)) for caption in captions)       # as in JSON
+            tokens = np.fromiter(itertools.chain(*captions), "<u4")
+            key = key.encode(errors="replace")[-RECORD["key"].itemsize:]    # the end of a long one
+            held_out = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) < HELD_OUT * 2 ** 64
+            record = (key, number, shard.tell(), encoded.tell(), len(tokens), *original_size, held_out)
+            samples.write(np.array(record, RECORD).tobytes())
+            shard.write(encoded.getvalue() + tokens.tobytes())
+    write_json(done_file, {"made_from": made_from, "lengths": lengths, "skipped": skipped,
+                           "file": fingerprint(shard_file)})
+    return json.loads(done_file.read_text())
 
 
 def count_pieces(unit, caption_key):
-    """How often each piece occurs in the captions of a unit; the first pass for a words:N tokenizer."""
-    counts = Counter()
-    for _, files in read_unit(unit, MIN_SIDE, Counter(), text_only=True):
-        with contextlib.suppress(BadSample):          # counted when the shards are written
-            for caption in read_captions(files, caption_key):
-                counts.update(re.findall(PIECE, caption))
-    return counts
+    """How often each piece occurs in the captions of a unit: the first pass for a words:N tokenizer."""
+    samples = read_samples(unit, TEXT_TYPES, Counter(), caption_key)
+    return Counter(piece for *_, captions in samples for caption in captions for piece in re.findall(PIECE, caption))
 
 
 def prepare(dataset, split, data_dir="data", source=None, captions=None, caption_key=None, image_size=224,
-            encoding=None, tokenizer="gpt2", workers=None, fresh=False):
+            tokenizer="gpt2", workers=None, fresh=False):
     """Make the shards of data_dir/dataset/split and return its meta.json. The arguments are those of `data.py -h`.
-
-    Killed at any moment and called again it makes what is missing; the bytes are the same. Raises UserError.
-    """
+    Killed at any moment and called again it makes what is missing; the bytes are the same. Raises UserError."""
     folder = Path(data_dir) / dataset / split
     folder.mkdir(parents=True, exist_ok=True)
+    meta_file, samples_file = folder / "meta.json", folder / "samples.bin"
+    plan = {"format": FORMAT, "image_size": image_size, "caption_key": caption_key, "tokenizer": {"name": tokenizer},
+            "stored_side": image_size if dataset == "shapes" else round(image_size * 8 / 7),
+            "encoding": "PPM" if image_size <= PPM_SIDE else "JPEG"}
     with open(folder / ".lock", "w") as lock:         # the system drops the lock with the process, however that ends
-        try:
-            fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:                                          # all processes of a training run ask for `shapes`: they wait
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if dataset == "shapes" else fcntl.LOCK_NB))
         except BlockingIOError:
-            if dataset != "shapes":
-                raise UserError(f"{folder} is being prepared by another process: wait for it, or use another "
-                                "--data-dir") from None
-            print(f"another process is making {folder}: waiting for it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            raise UserError(f"{folder} is being made by another process: wait, or use another --data-dir") from None
+        if meta_file.exists() and not fresh:
+            meta = json.loads(meta_file.read_text())
+            was = meta | {"tokenizer": {"name": meta["tokenizer"]["name"]}}
+            changed = [f"{name} was {was.get(name)}, now {plan[name]}" for name in plan if was.get(name) != plan[name]]
+            if changed:
+                raise UserError(f"{folder} was made otherwise ({'; '.join(changed)}): use --fresh, the train split "
+                                "first, or another --data-dir")
+            return meta
         units = find_units(dataset, split, source, captions)
-        for path in [*folder.glob("*.json*"), *folder.glob("*.shard*")] if fresh else []:
-            path.unlink()
-        plan = {"format": FORMAT, "image_size": image_size, "caption_key": caption_key,
-                "stored_side": image_size if dataset == "shapes" else round(image_size * 8 / 7),
-                "encoding": encoding or ("raw" if image_size <= 64 else "jpeg"),
-                "source": hashlib.sha256(json.dumps(units).encode()).hexdigest()[:16]}
-        plan_file, spec_file, meta_file = folder / "plan.json", folder.parent / "tokenizer.json", folder / "meta.json"
-        old = json.loads(plan_file.read_text()) if plan_file.exists() else plan
-        changed = [f"{key} was {old.get(key)}, now {plan[key]}" for key in plan if old.get(key) != plan[key]]
-        spec = json.loads(spec_file.read_text()) if spec_file.exists() and not (fresh and split == "train") else None
-        if spec and spec["name"] != tokenizer:        # one tokenizer for all splits
-            changed.append(f"tokenizer was {spec['name']}, now {tokenizer}")
-        if changed:
-            raise UserError(f"{folder} has shards of another kind ({'; '.join(changed)}): use --fresh to replace them, "
-                            "the train split first, or another --data-dir")
-        if meta_file.exists():
-            return json.loads(meta_file.read_text())
-        if not spec and tokenizer.startswith("words:") and split != "train":
-            raise UserError(f"--tokenizer {tokenizer} is made from the training captions: prepare --split train first")
-        write_json(plan_file, plan)
-        bar = functools.partial(tqdm, total=len(units), unit="shard", desc=f"{dataset}/{split}", dynamic_ncols=True)
-        with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-            if not spec and tokenizer.startswith("words:"):
-                jobs = pool.map(count_pieces, units, [caption_key] * len(units))
-                spec = words_tokenizer(tokenizer, sum(bar(jobs, desc="reading captions"), Counter()))
-            plan["tokenizer"] = spec or {"name": tokenizer}
-            plan["vocab_size"] = load_tokenizer(plan["tokenizer"]).n_vocab
-            plan["token_dtype"] = "<u2" if plan["vocab_size"] <= 1 << 16 else "<u4"
-            write_json(spec_file, plan["tokenizer"])
-            jobs = [pool.submit(write_shard, unit, number, folder, plan) for number, unit in enumerate(units)]
-            for job in bar(as_completed(jobs)):
-                job.result()                          # a worker's error stops us here and not at the end
-        shards = [job.result() for job in jobs]
-        totals = {name: sum(s[name] for s in shards) for name in ("samples", "held_out", "captions", "tokens", "bytes")}
-        skipped = sum((Counter(shard["skipped"]) for shard in shards), Counter())
-        if not totals["samples"]:
+        meta_file.unlink(missing_ok=True)
+        bar = {"total": len(units), "unit": "shard", "dynamic_ncols": True}
+        try:
+            with ProcessPoolExecutor(workers) as pool:
+                if tokenizer.startswith("words:") and split == "train":
+                    counts = pool.map(count_pieces, units, itertools.repeat(caption_key))
+                    plan["tokenizer"] = words_tokenizer(tokenizer, sum(tqdm(counts, "captions", **bar), Counter()))
+                elif tokenizer.startswith("words:"):  # one tokenizer for all splits
+                    plan["tokenizer"] = Shards(folder.parent / "train").meta["tokenizer"]
+                jobs = pool.map(write_shard, units, itertools.count(), itertools.repeat(folder), itertools.repeat(plan))
+                shards = list(tqdm(jobs, f"{dataset}/{split}", **bar))
+        except BrokenExecutor:
+            raise UserError("a worker was killed, perhaps for want of memory: type the same command again, with fewer "
+                            "--workers; finished shards are kept") from None
+        rows = np.concatenate([np.fromfile(folder / f"{number:05d}.samples", RECORD) for number in range(len(units))])
+        lengths, skipped = (sum((Counter(s[name]) for s in shards), Counter()) for name in ("lengths", "skipped"))
+        if not len(rows):
             raise UserError(f"not one usable sample in --source {source} ({dict(skipped)})")
-        lengths = sum((Counter(dict(shard.pop("lengths"))) for shard in shards), Counter())
-        meta = plan | totals | {"skipped": skipped, "lengths": sorted(lengths.items()), "shards": shards}
+        samples_file.write_bytes(rows[np.argsort(rows["held_out"], kind="stable")].tobytes())
+        files = {f"{number:05d}.shard": shard["file"] for number, shard in enumerate(shards)}
+        files["samples.bin"] = fingerprint(samples_file)
+        meta = plan | {"record": RECORD.descr, "samples": len(rows), "held_out": int(rows["held_out"].sum()),
+                       "lengths": lengths, "skipped": skipped, "files": files}
         write_json(meta_file, meta)
-        for path in folder.glob("[0-9]*.json"):
+        for path in [*folder.glob("[0-9]*.samples"), *folder.glob("[0-9]*.done")]:
             path.unlink()
     return meta
 
 
 # ---------------------------------------------------------------------------------------------- reading shards
 class Shards:
-    """Random access to a split by sample number in O(1); a shard is memory-mapped when it is first touched.
-
+    """Random access to a split by sample number in O(1), through memory maps; a shard is mapped when first touched.
     part: "all", or of a split without a validation set "train" (all but the held-out samples) or "held_out".
-    Raises UserError where meta.json and the files do not fit together, before anything is read through it.
-    """
+    Raises UserError where the files do not fit meta.json or each other, before anything is read out of range."""
 
     def __init__(self, folder, part="all"):
-        self.folder = Path(folder)
+        self.folder, self.maps = Path(folder), {}
+        if not (self.folder / "meta.json").exists():
+            raise UserError(f"no shards in {folder}; make them with: python data.py --dataset {self.folder.parent.name}"
+                            f" --split {self.folder.name} --source TARS")
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             if self.meta["format"] != FORMAT:
-                raise UserError(f"{folder} has shards of format {self.meta['format']}, this program reads {FORMAT}: "
-                                "prepare them again with --fresh")
-            samples, held_out = (np.array([s[name] for s in self.meta["shards"]]) for name in ("samples", "held_out"))
-            if not len(samples) or (held_out < 0).any() or (samples < held_out).any():
-                raise ValueError("its counts make no sense")
-            self.lengths = {int(length): int(count) for length, count in self.meta["lengths"]}
+                raise ValueError(f"format {self.meta['format']}, this program reads {FORMAT}")
+            samples, held_out = int(self.meta["samples"]), min(int(self.meta["held_out"]), HELD_OUT_MOST)
+            self.sizes = {name: int(file["bytes"]) for name, file in self.meta["files"].items()}
+            self.lengths = {int(length): int(count) for length, count in self.meta["lengths"].items()}
+            self.digest = hashlib.sha256(json.dumps(self.meta["files"]).encode()).hexdigest()
             self.tokenizer = load_tokenizer(self.meta["tokenizer"])
-            self.digest = hashlib.sha256("".join(s["sha256"] for s in self.meta["shards"]).encode()).hexdigest()
-        except FileNotFoundError:
-            raise UserError(f"no shards in {folder}; make them with: python data.py --dataset {self.folder.parent.name}"
-                            f" --split {self.folder.name} --source TARS") from None
-        except (ValueError, KeyError, TypeError, RecursionError) as problem:
-            raise UserError(f"{folder}/meta.json is damaged ({type(problem).__name__}: {problem}): prepare it again"
-                            ) from None
-        held_out = (held_out * min(1, HELD_OUT_MOST / max(1, held_out.sum()))).astype(int)
-        self.first = samples - held_out if part == "held_out" else 0 * samples
-        self.counts = {"all": samples, "train": samples - held_out, "held_out": held_out}[part]
-        self.ends = np.cumsum(self.counts)
-        self.total = int(self.ends[-1])               # may be lowered: the first so many
-        self.maps = [None] * len(samples)
+            if not 0 <= held_out <= samples or samples * RECORD.itemsize != self.sizes["samples.bin"]:
+                raise ValueError("its counts make no sense")
+            for name, size in self.sizes.items():
+                if os.path.getsize(self.folder / name) != size:
+                    raise ValueError(f"{name} does not have {size:,} bytes")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
+            raise UserError(f"the shards in {folder} are damaged ({type(problem).__name__}: {problem}): copy them "
+                            "again, or prepare them again with --fresh") from None
+        self.first = samples - held_out if part == "held_out" else 0
+        self.total = {"all": samples, "train": samples - held_out, "held_out": held_out}[part]      # may be lowered
 
     def __len__(self):
         return self.total
 
-    def _open(self, number):
-        """Map shard `number` -> (bytes, samples, token_ends, tokens), checked."""
-        entry, path = self.meta["shards"][number], self.folder / f"{number:05d}.shard"
-        try:
-            arrays = [(RECORD, entry["samples"]), (np.dtype("<i8"), entry["captions"]),
-                      (np.dtype(self.meta["token_dtype"]), entry["tokens"])]
-            ends = np.cumsum([entry["image_bytes"] + -entry["image_bytes"] % 8, *(d.itemsize * n for d, n in arrays)])
-            if path.stat().st_size != ends[-1]:
-                raise ValueError(f"{path.stat().st_size:,} bytes, {ends[-1]:,} expected")
-            # torch closes the file once it is mapped; numpy would keep a descriptor for each of thousands of shards
-            memory = torch.from_file(str(path), size=int(ends[-1]), dtype=torch.uint8).numpy()
-            samples, token_ends, tokens = (memory[start:end].view(dtype) for (dtype, _), start, end
-                                           in zip(arrays, ends[:-1], ends[1:], strict=True))
-            for index, last in ((samples["image_end"], entry["image_bytes"]), (samples["caption_end"], len(token_ends)),
-                                (token_ends, len(tokens))):
-                if len(index) and (index[0] < 0 or index[-1] != last or (np.diff(index) < 0).any()):
-                    raise ValueError("its index is damaged")
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as problem:
-            raise UserError(f"{path} does not fit its meta.json ({problem}): copy it or prepare it again") from None
-        self.maps[number] = memory, samples, token_ends, tokens
-        return self.maps[number]
+    def __getstate__(self):                           # a loader process that is not forked maps the files itself
+        return self.__dict__ | {"maps": {}}
 
-    def _locate(self, index):
-        """Sample number -> its shard's four arrays and its row there."""
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        row = int(self.first[number] + index - (self.ends[number] - self.counts[number]))
-        return *(self.maps[number] or self._open(number)), row
+    def _read(self, name, start, count):
+        """Part of a file, uint8 [count]. Raises UserError if the file has no such part."""
+        if not 0 <= start <= start + count <= self.sizes.get(name, -1):
+            raise UserError(f"{self.folder}: damaged, samples.bin points beyond {name}; try data.py --verify")
+        if name not in self.maps:                     # torch closes a mapped file, numpy would hold thousands open
+            memory = torch.from_file(str(self.folder / name), size=self.sizes[name], dtype=torch.uint8)
+            self.maps[name] = memory.numpy()
+        return self.maps[name][start:start + count]
+
+    def record(self, index):
+        """RECORD of a sample as a tuple."""
+        size = RECORD.itemsize
+        return self._read("samples.bin", (self.first + index) * size, size).view(RECORD)[0].item()
 
     def key(self, index):
         """Key of a sample: file name without extension, COCO image id, ..."""
-        _, samples, _, _, row = self._locate(index)
-        return samples["key"][row].decode(errors="replace")
+        return self.record(index)[0].decode(errors="replace")
 
     def image(self, index, short_side=None):
         """RGB PIL image as stored; with short_side a JPEG may come back smaller, never below it: less to decode."""
-        memory, samples, _, _, row = self._locate(index)
-        data = memory[samples["image_end"][row - 1] if row else 0:samples["image_end"][row]]
-        if self.meta["encoding"] == "raw":
-            return Image.frombuffer("RGB", tuple(samples["size"][row].tolist()), data, "raw", "RGB", 0, 1)
-        return open_image(io.BytesIO(data), short_side)
+        _, shard, start, size, *_ = self.record(index)
+        try:
+            return open_image(io.BytesIO(self._read(f"{shard:05d}.shard", start, size)), short_side)
+        except BadSample as reason:
+            raise UserError(f"{self.folder}: image {index}: {reason}; try data.py --verify") from None
 
     def captions(self, index):
         """Token ids of all captions of a sample: a list of int arrays that end in EOS."""
-        _, samples, token_ends, tokens, row = self._locate(index)
-        first, last = samples["caption_end"][row - 1] if row else 0, samples["caption_end"][row]
-        return [tokens[token_ends[i - 1] if i else 0:token_ends[i]] for i in range(first, last)]
+        _, shard, start, size, count, *_ = self.record(index)
+        tokens = self._read(f"{shard:05d}.shard", start + size, 4 * count).view("<u4")
+        ends = np.flatnonzero(tokens == self.tokenizer.eot_token) + 1
+        if not len(ends) or ends[-1] != count or tokens.max() >= self.tokenizer.n_vocab:
+            raise UserError(f"{self.folder}: captions of image {index} are damaged; try data.py --verify")
+        return [tokens[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def open_split(data_dir, dataset, split):
@@ -627,24 +530,16 @@ def random_stream(seed, purpose, number):
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, purpose, number))))
 
 
-@functools.lru_cache(maxsize=4)
-def _feistel_keys(seed, epoch):
-    return random_stream(seed, ORDER, epoch).integers(1 << 62, size=4).tolist()
-
-
 def shuffled(position, count, seed, epoch):
     """Where `position` of 0..count-1 goes in the permutation of this epoch: O(1), whatever the size of the data set.
-
-    A Feistel network permutes a power of four; what lands beyond `count` is sent through again until it does not.
-    """
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    A Feistel network permutes a power of four; what lands beyond `count` is sent through again until it does not."""
+    half = 1 << max(1, ((count - 1).bit_length() + 1) // 2)
     while True:
-        left, right = position >> half, position & ((1 << half) - 1)
-        for key in _feistel_keys(seed, epoch):
-            mixed = (right + key) * 0x9E3779B97F4A7C15 % (1 << 64)
-            mixed = (mixed ^ mixed >> 31) * 0xBF58476D1CE4E5B9 % (1 << 64)
-            left, right = right, left ^ (mixed >> 40) % (1 << half)
-        position = left << half | right
+        left, right = divmod(position, half)
+        for turn in range(4):
+            mixed = hashlib.blake2b(b"%d %d %d %d" % (seed, epoch, turn, right), digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(mixed) % half
+        position = left * half + right
         if position < count:
             return position
 
@@ -653,15 +548,12 @@ class Batches(torch.utils.data.Dataset):
     """Item k is the k-th micro-batch that process `rank` of `world` trains on, ready for the device.
 
     The global batch of step s is samples s*B .. s*B+B-1 of an endless sequence of shuffled epochs. With `accumulation`
-    A it is dealt out in A*world interleaved parts, so that each part has early and late times alike.
-    augment=False is for evaluation: in order, central crop, first caption; the last batch may be shorter.
-
-    `transform` (dict -> dict) runs in the worker. An item has
+    A it is dealt out in A*world interleaved parts, so that each part has early and late times alike. augment=False is
+    for evaluation: in order, central crop, first caption; the last batch may be shorter. An item has
         images [B,S,S,3] uint8   tokens [B,T]   valid [B,T] bool, False at pads   noise [B,T] uniform in [0,1)
         u, one number in [0,1) for the whole global batch   index [B] places in the global batch   length [B]
     with T the longest caption of the item rounded up to a multiple of 8, to spare compiled graphs. With pads="eos" T is
-    max_tokens and pads are tokens like others.
-    """
+    max_tokens and pads are tokens like others. `transform` (dict -> dict) runs on it in the worker."""
 
     def __init__(self, shards, batch_size, image_size, max_tokens, seed, augment=True, crop_scale=1.0, flip=False,
                  pads="hidden", rank=0, world=1, accumulation=1, transform=None):
@@ -676,16 +568,16 @@ class Batches(torch.utils.data.Dataset):
         if not self.augment:
             index = index[step * self.batch_size + index < len(self.shards)]
         images, captions, noise = zip(*(self.sample(step * self.batch_size + int(i)) for i in index), strict=True)
-        longest = max(map(len, captions)) if self.pads == "hidden" else self.max_tokens
-        T = min(-(-longest // 8) * 8, self.max_tokens)
+        length = np.array([len(caption) for caption in captions])
+        T = min(-(-length.max() // 8) * 8, self.max_tokens) if self.pads == "hidden" else self.max_tokens
         tokens = np.full((len(captions), T), self.shards.tokenizer.eot_token)
         for row, caption in zip(tokens, captions, strict=True):
             row[:len(caption)] = caption
-        valid = np.arange(T) < np.array([T if self.pads == "eos" else len(caption) for caption in captions])[:, None]
-        batch = {"images": torch.from_numpy(np.stack(images)), "tokens": torch.from_numpy(tokens),
-                 "valid": torch.from_numpy(valid), "noise": torch.from_numpy(np.stack(noise)[:, :T]),
-                 "u": random_stream(self.seed, TIME, step).random(), "index": torch.from_numpy(index),
-                 "length": torch.tensor([len(caption) for caption in captions])}
+        valid = np.arange(T) < (length[:, None] if self.pads == "hidden" else T)
+        batch = {"images": np.stack(images), "tokens": tokens, "valid": np.broadcast_to(valid, tokens.shape).copy(),
+                 "noise": np.stack(noise)[:, :T], "index": index, "length": length}
+        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+        batch["u"] = random_stream(self.seed, TIME, step).random()
         return self.transform(batch) if self.transform else batch
 
     def sample(self, number):
@@ -698,47 +590,92 @@ class Batches(torch.utils.data.Dataset):
         tokens = captions[rng.integers(len(captions)) if self.augment else 0]
         if len(tokens) > self.max_tokens:             # EOS is sticky: a caption that is cut still ends
             tokens = np.append(tokens[:self.max_tokens - 1], tokens[-1])
-        image = self.shards.image(place, round(self.image_size / self.crop_scale ** 0.5))
-        box = random_box(rng, *image.size, self.crop_scale) if self.augment else None
+        image, box = self.shards.image(place, round(self.image_size / self.crop_scale ** 0.5)), None
+        if self.augment and self.crop_scale < 1:      # RandomResizedCrop, cut to the image
+            width, height = image.size
+            area, aspect = width * height * rng.uniform(self.crop_scale, 1), np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
+            w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            box = (left, top, left + w, top + h)
         image = crop_square(image, self.image_size, box)
         return image[:, ::-1] if self.augment and self.flip and rng.random() < 0.5 else image, tokens, noise
 
 
 # ---------------------------------------------------------------------------------------------- command line
+def verify(folder):
+    """Compare every file of a split with its checksum. Raises UserError that names the bad ones."""
+    files = Shards(folder).meta["files"]
+    bad = [name for name in tqdm(files, unit="file") if fingerprint(Path(folder) / name) != files[name]]
+    if bad:
+        raise UserError(f"{folder}: {', '.join(bad)} not as written: copy them again, or prepare again with --fresh")
+
+
+def show_stats(data_dir, datasets, split, max_tokens):
+    """Print what data sets hold; draw how long their captions are (the paper's Fig. 3) to DATA_DIR/lengths.svg and ten
+    samples of each to DATA_DIR/DATASET/SPLIT.png."""
+    from sample import contact_sheet  # late: sample.py imports this file
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 340" font-family="sans-serif" font-size="13">',
+           f'<text x="200" y="338">tokens a caption, at most {max_tokens}; share of the most frequent</text>']
+    for number, name in enumerate(datasets):
+        shards = open_split(data_dir, name, split)
+        lengths = np.repeat(*np.array(sorted(shards.lengths.items())).T)
+        used, sizes = np.zeros(shards.tokenizer.n_vocab, bool), []
+        for i in tqdm(range(len(shards)), name, leave=False):
+            used[np.concatenate(shards.captions(i))] = True
+            sizes.append(shards.record(i)[5:7])
+        print(f"{name}, {split}: {len(shards):,} images, {len(lengths):,} captions, {np.mean(lengths > max_tokens):.2%}"
+              f" cut at {max_tokens} tokens; {used.mean():.1%} of {len(used):,} tokens occur")
+        percent = (0, 5, 25, 50, 75, 95, 100)
+        print(f"  {'percentile':12}" + "".join(f"{p:8}" for p in percent))
+        for what, values in zip(("tokens", "width", "height"), (lengths, *np.transpose(sizes)), strict=True):
+            print(f"  {what:12}" + "".join(f"{value:8.0f}" for value in np.percentile(values, percent)))
+        ten = random_stream(0, ORDER, 0).permutation(len(shards))[:10]
+        texts = [[(decode_caption(shards.tokenizer, shards.captions(i)[0]), "black")] for i in ten]
+        contact_sheet([crop_square(shards.image(i), 180) for i in ten], texts, Path(data_dir, name, f"{split}.png"), 5)
+        share = np.bincount(lengths.clip(max=max_tokens), minlength=max_tokens + 1)
+        heights = 300 - 270 * share / share.max()
+        points = " ".join(f"{40 + 560 * x / max_tokens:.0f},{y:.0f}" for x, y in enumerate(heights))
+        svg.append(f'<g fill="hsl({137 * number} 70% 40%)"><polygon points="{points} 600,300" fill-opacity=".3"/><text '
+                   f'x="440" y="{30 + 18 * number}">{name}, mean {lengths.mean():.1f} tokens</text></g>')
+    svg += [f'<text x="{34 + 560 * x / max_tokens:.0f}" y="320">{x}</text>' for x in range(0, max_tokens + 1, 8)]
+    Path(data_dir, "lengths.svg").write_text("\n".join([*svg, "</svg>"]))
+
+
 def main():
     from train import PRESETS  # late: train.py imports this file
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--dataset", required=True, help="any name; shards go to DATA_DIR/DATASET/SPLIT. `shapes` is drawn here")
+    add("--dataset", nargs="+", required=True, help="any name; files go to DATA_DIR/DATASET/SPLIT; several for --stats")
     add("--split", choices=("train", "val"), default="train", help="default: train, which comes first; val is optional")
     add("--source", nargs="+", metavar="PATH", help="tars, folders or patterns; with --captions the images' folder")
-    add("--captions", metavar="FILE", help="caption table: COCO's captions_*.json, a CSV headed `image,caption`, or "
-        "Flickr's *.token.txt; images that it does not name are left out")
-    add("--caption-key", metavar="KEY", help="field of KEY.json with the caption or a list of captions "
-        "(default: captions, else KEY.txt, else caption)")
-    add("--image-size", type=int, metavar="PX", help="largest size to train at; the short side is stored 8/7 as long, "
-        "never upscaled (default: the data set's preset in train.py, else 224)")
-    add("--encoding", choices=("jpeg", "raw"), help="default: raw up to 64 px, else jpeg of quality 90")
-    add("--tokenizer", metavar="NAME", help="any of tiktoken's, or words:N, the N most frequent words of the training "
-        "captions, which needs no network (default: the data set's preset, else gpt2)")
+    add("--captions", metavar="FILE", help="COCO's captions_*.json, a CSV headed `image,caption`, Flickr's *.token.txt")
+    add("--caption-key", metavar="KEY", help="field of KEY.json (default: captions, else KEY.txt, else caption)")
+    add("--image-size", type=int, metavar="PX", help="largest size to train at (default: train.py's preset, else 224)")
+    add("--tokenizer", metavar="NAME", help="tiktoken's, or words:N, made of the captions (default: preset, else gpt2)")
     add("--data-dir", default="data", metavar="DIR", help="default: data")
     add("--workers", type=int, metavar="N", help="processes (default: one a core)")
-    add("--fresh", action="store_true", help="remove the split's shards and start over")
+    add("--fresh", action="store_true", help="make a finished split anew")
+    add("--verify", action="store_true", help="only compare the split's files with their checksums")
+    add("--stats", action="store_true", help="only print and draw what is in the data sets")
+    add("--max-tokens", type=int, default=64, metavar="N", help="for --stats: where captions are cut (default: 64)")
     args = parser.parse_args()
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.dataset):
-        raise UserError(f"--dataset {args.dataset}: expected a name of letters, digits, dots and dashes")
-    check_least(args, image_size=MIN_SIDE, workers=1)
-    preset = PRESETS.get(args.dataset, {})
-    options = vars(args) | {"image_size": args.image_size or preset.get("image_size", 224),
-                            "tokenizer": args.tokenizer or preset.get("tokenizer", "gpt2")}
-    for split in ("train", "val") if args.dataset == "shapes" else (args.split,):
-        meta = prepare(**options | {"split": split})
+    for name in args.dataset:
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+            raise UserError(f"--dataset {name}: expected a name of letters, digits, dots and dashes")
+    check_least(args, image_size=MIN_SIDE, workers=1, max_tokens=2)
+    if args.stats:
+        return show_stats(args.data_dir, args.dataset, args.split, args.max_tokens)
+    if args.verify:
+        return verify(Path(args.data_dir, name, args.split))
+    preset = {"image_size": 224, "tokenizer": "gpt2"} | PRESETS.get(name, {})
+    for split in ("train", "val") if name == "shapes" else (args.split,):
+        meta = prepare(name, split, args.data_dir, args.source, args.captions, args.caption_key,
+                       args.image_size or preset["image_size"], args.tokenizer or preset["tokenizer"], args.workers,
+                       args.fresh)
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items()) or "none"
-        print(f"{args.data_dir}/{args.dataset}/{split}: {meta['samples']:,} images, {meta['captions']:,} captions of "
-              f"{meta['tokens'] / meta['captions']:.1f} tokens on average ({meta['tokenizer']['name']}, vocabulary "
-              f"{meta['vocab_size']:,}), {meta['bytes'] / 1e6:,.1f} MB in {len(meta['shards'])} shards; "
-              f"skipped: {skipped}")
-    print(f"next: python train.py --dataset {args.dataset}")
+        print(f"{args.data_dir}/{name}/{split}: {meta['samples']:,} images, {sum(meta['lengths'].values()):,} captions;"
+              f" skipped: {skipped}")
+    print(f"next: python train.py --dataset {name}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
 """data.py: what goes into a shard comes out again, and nothing bad gets in."""
 
+import contextlib
 import io
 import json
+import os
+import pickle
+import random
 import tarfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,12 +55,11 @@ def everything(folder):
 
 def test_shapes_captions_say_what_is_drawn(shapes):
     split = open_split(shapes, "shapes", "train")
-    assert len(split) == 96 and len(split.meta["shards"]) == 3
+    assert len(split) == 96 and set(split.meta["files"]) == {f"0000{i}.shard" for i in range(3)} | {"samples.bin"}
     for i in (0, 39, 40, 95):
-        image, caption = data.draw_shapes(i, 16)
+        image, caption = data.draw_shapes(int(split.key(i)), 16)
         assert decode_caption(split.tokenizer, split.captions(i)[0]) == caption and SHAPES_CAPTION.fullmatch(caption)
-        if not split.meta["held_out"]:
-            assert np.array_equal(split.image(i), image) and split.key(i) == f"{i:012d}"
+        assert np.array_equal(split.image(i), image)
         words = SHAPES_CAPTION.fullmatch(caption)
         assert words["colour"] != words["background"]
 
@@ -77,24 +82,26 @@ def test_bad_samples_are_skipped_and_counted(tmp_path):
         ("b7.txt", b"x"),
         ("b8.jpg", None),
         ("b9.jpg", jpeg()),
-        ("b9.txt", b"x" * 70_000),
+        ("b9.txt", b"x" * (data.MAX_BYTES["txt"] + 1)),
         ("c0.jpg", jpeg()),
-        ("c0.json", b"[" * 100_000),
+        ("c0.json", b"[" * 10_000),
         ("c1.jpg", jpeg()),
         ("c1.json", b"[1]"),
+        ("c2.jpg", jpeg()),
+        ("c2.txt", " \0\u3000\n".encode()),
     ]
     meta = build(tmp_path / "out", make_tar(tmp_path / "a.tar", good(3) + bad + good(2, 3)))
     assert meta["samples"] == 5
     assert meta["skipped"] == {
-        "tar member is a link or a device": 1,
+        "tar member is not a file": 1,
         "image data is broken": 1,
         "not a JPEG, PNG or WebP image": 2,
-        "no caption": 2,
+        "no caption": 3,
         "caption is not UTF-8": 1,
-        "broken JSON": 1,
+        "broken JSON": 2,
         "no image": 1,
         "image of an absurd size": 1,
-        "caption is too long": 2,
+        "file is too large": 1,
     }
     assert not (tmp_path / "passwd").exists()
 
@@ -145,29 +152,45 @@ def test_stopped_preparation_is_finished_to_the_same_bytes(tmp_path, monkeypatch
     for i in range(3):
         make_tar(tmp_path / f"{i}.tar", good(4, 10 * i))
     build(tmp_path / "whole", tmp_path / "*.tar")
-    expected = everything(tmp_path / "whole/set/train")
-    unlink = data.Path.unlink
-    monkeypatch.setattr(
-        data.Path, "unlink", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )  # killed before it tidied up
-    with pytest.raises(KeyboardInterrupt):
+    expected, write_json = everything(tmp_path / "whole/set/train"), data.write_json
+
+    def killed(path, value):
+        write_json(path, value)
+        if path.name in ("meta.json", "00001.done"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "write_json", killed)
+    with pytest.raises(BaseException):  # noqa: B017
         build(tmp_path / "cut", tmp_path / "*.tar")
-    monkeypatch.setattr(data.Path, "unlink", unlink)
+    monkeypatch.setattr(data, "write_json", write_json)
     folder = tmp_path / "cut/set/train"
-    for name in ("meta.json", "00001.json", "00002.shard", "00002.json"):
-        (folder / name).unlink()
+    assert (folder / "00000.done").exists() and not (folder / "meta.json").exists()
+    (folder / "00001.done").unlink()
     (folder / "00001.shard").write_bytes(b"half")
     kept = (folder / "00000.shard").stat().st_mtime_ns
     build(tmp_path / "cut", tmp_path / "*.tar")
     assert everything(folder) == expected and (folder / "00000.shard").stat().st_mtime_ns == kept
 
 
+def test_unfinished_shards_of_other_options_are_not_taken(tmp_path):
+    make_tar(tmp_path / "a.tar", good(3))
+    with pytest.raises(UserError, match="not one usable sample.*'no caption': 3"):
+        build(tmp_path, tmp_path / "a.tar", caption_key="alt")
+    assert (tmp_path / "set/train/00000.done").exists() and build(tmp_path, tmp_path / "a.tar")["samples"] == 3
+
+
+def test_a_finished_split_needs_its_sources_no_more(tmp_path):
+    meta = build(tmp_path, make_tar(tmp_path / "a.tar", good(3)))
+    (tmp_path / "a.tar").unlink()
+    assert build(tmp_path, tmp_path / "a.tar") == json.loads(json.dumps(meta))
+
+
 def test_other_options_and_a_second_process_are_refused(tmp_path):
     make_tar(tmp_path / "a.tar", good(3))
     build(tmp_path / "out", tmp_path / "a.tar")
-    with pytest.raises(UserError, match="encoding was raw, now jpeg"):
-        build(tmp_path / "out", tmp_path / "a.tar", encoding="jpeg")
-    with pytest.raises(UserError, match="tokenizer was words:50, now words:9"):
+    with pytest.raises(UserError, match="caption_key was None, now alt"):
+        build(tmp_path / "out", tmp_path / "a.tar", caption_key="alt")
+    with pytest.raises(UserError, match="tokenizer was .*words:50.*, now .*words:9"):
         prepare("set", "train", tmp_path / "out", [str(tmp_path / "a.tar")], image_size=16, tokenizer="words:9")
     with open(tmp_path / "out/set/train/.lock", "w") as lock:
         data.fcntl.flock(lock, data.fcntl.LOCK_EX)
@@ -176,47 +199,116 @@ def test_other_options_and_a_second_process_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lie", [{"samples": 10**9}, {"samples": -1}, {"image_bytes": 0}, {"tokens": 2}, {"captions": "many"}]
+    "lie",
+    [
+        {"samples": 10**9},
+        {"samples": -1},
+        {"samples": 2},
+        {"samples": float("inf")},
+        {"held_out": -1},
+        {"held_out": 4},
+        {"format": 1},
+        {"lengths": {"many": 1}},
+        {"files": {}},
+        {"files": {"samples.bin": {"bytes": 10**12, "sha256": ""}}},
+        {"files": []},
+        {"tokenizer": None},
+        {"tokenizer": {"name": "words:1", "pieces": [1]}},
+    ],
 )
 def test_meta_that_lies_is_refused(tmp_path, lie):
     build(tmp_path, make_tar(tmp_path / "a.tar", good(3)))
     meta = json.loads((tmp_path / "set/train/meta.json").read_text())
-    meta["shards"][0] |= lie
-    (tmp_path / "set/train/meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError):
-        Shards(tmp_path / "set/train").captions(0)
+    (tmp_path / "set/train/meta.json").write_text(json.dumps(meta | lie))
+    with pytest.raises(UserError, match="damaged"):
+        Shards(tmp_path / "set/train")
 
 
-def test_a_short_shard_and_a_missing_one_are_refused(tmp_path):
+@pytest.mark.parametrize("meta", ["", "[]", "{}", "[" * 10_000, "null", "\0"])
+def test_meta_that_is_none_is_refused(tmp_path, meta):
+    (tmp_path / "meta.json").write_text(meta)
+    with pytest.raises(UserError, match="damaged"):
+        Shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("shard", 1), ("shard", -1), ("start", -1), ("start", 2**62), ("image_bytes", -1), ("image_bytes", 2**31 - 1)],
+)
+def test_records_that_lie_are_refused(tmp_path, field, value):
+    build(tmp_path, make_tar(tmp_path / "a.tar", good(3)))
+    rows = np.fromfile(tmp_path / "set/train/samples.bin", data.RECORD)
+    rows[field][2] = value
+    (tmp_path / "set/train/samples.bin").write_bytes(rows.tobytes())
+    shards = Shards(tmp_path / "set/train")
+    for read in (shards.image, shards.captions):
+        with pytest.raises(UserError, match="verify"):
+            read(2)
+    assert shards.image(0).size == (20, 16)
+
+
+@pytest.mark.parametrize("count, token", [(0, None), (-1, None), (2**31 - 1, None), (2, None), (None, 2**32 - 1)])
+def test_tokens_that_lie_are_refused(tmp_path, count, token):
+    build(tmp_path, make_tar(tmp_path / "a.tar", good(3)))
+    folder = tmp_path / "set/train"
+    rows = np.fromfile(folder / "samples.bin", data.RECORD)
+    if token is None:
+        rows["tokens"][1] = count
+        (folder / "samples.bin").write_bytes(rows.tobytes())
+    else:
+        with open(folder / "00000.shard", "r+b") as file:
+            file.seek(int(rows["start"][1] + rows["image_bytes"][1]))
+            file.write(np.uint32(token).tobytes())
+    with pytest.raises(UserError, match="verify"):
+        Shards(folder).captions(1)
+
+
+def test_a_picture_that_lies_about_its_size_is_refused(tmp_path):
+    build(tmp_path, make_tar(tmp_path / "a.tar", good(3)))
+    shard = tmp_path / "set/train/00000.shard"
+    for size in (b"99 99", b"0 16 ", b"9" * 5):
+        shard.write_bytes(shard.read_bytes().replace(b"P6\n20 16", b"P6\n" + size, 1))
+        with pytest.raises(UserError, match="verify"):
+            Shards(tmp_path / "set/train").image(0)
+
+
+def test_a_short_shard_and_a_missing_one_are_refused_at_once(tmp_path):
     build(tmp_path, make_tar(tmp_path / "a.tar", good(3)))
     shard = tmp_path / "set/train/00000.shard"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match="00000.shard"):
-        Shards(tmp_path / "set/train").image(0)
+        Shards(tmp_path / "set/train")
     shard.unlink()
     with pytest.raises(UserError, match="00000.shard"):
-        Shards(tmp_path / "set/train").image(0)
+        Shards(tmp_path / "set/train")
 
 
-def test_thirty_lines_read_a_shard(tmp_path):
-    build(tmp_path, make_tar(tmp_path / "a.tar", good(3)), encoding="jpeg")
+def test_verify_names_the_bad_shard(tmp_path):
+    for i in range(3):
+        make_tar(tmp_path / f"{i}.tar", good(2, 10 * i))
+    build(tmp_path, tmp_path / "*.tar")
+    data.verify(tmp_path / "set/train")
+    content = bytearray((tmp_path / "set/train/00001.shard").read_bytes())
+    content[7] ^= 1
+    (tmp_path / "set/train/00001.shard").write_bytes(content)
+    with pytest.raises(UserError, match="train: 00001.shard not"):
+        data.verify(tmp_path / "set/train")
+
+
+def test_thirty_lines_read_a_split(tmp_path):
+    build(tmp_path, make_tar(tmp_path / "a.tar", good(3)))
     folder = tmp_path / "set/train"
     meta = json.loads((folder / "meta.json").read_text())
-    entry, content = meta["shards"][0], (folder / "00000.shard").read_bytes()
-    start = -(-entry["image_bytes"] // 8) * 8
-    record = np.dtype(
-        [("image_end", "<i8"), ("caption_end", "<i8"), ("size", "<i4", 2), ("original_size", "<i4", 2), ("key", "S48")]
-    )
-    samples = np.frombuffer(content, record, entry["samples"], start)
-    token_ends = np.frombuffer(content, "<i8", entry["captions"], start + samples.nbytes)
-    tokens = np.frombuffer(content, meta["token_dtype"], entry["tokens"], start + samples.nbytes + token_ends.nbytes)
-    assert samples["key"].tolist() == [b"00000", b"00001", b"00002"] and samples["size"][0].tolist() == [20, 16]
-    assert Image.open(io.BytesIO(content[: samples["image_end"][0]])).size == (20, 16)
+    samples = np.memmap(folder / "samples.bin", np.dtype([tuple(field) for field in meta["record"]]))
     tokenizer = data.load_tokenizer(meta["tokenizer"])
-    assert (
-        tokenizer.decode(tokens[: token_ends[0] - 1].tolist()) == "caption number 0"
-        and tokens[-1] == tokenizer.eot_token
-    )
+    assert sorted(samples["key"].tolist()) == [b"00000", b"00001", b"00002"]
+    for sample in samples:
+        shard = (folder / f"{sample['shard']:05d}.shard").read_bytes()[sample["start"] :]
+        image = Image.open(io.BytesIO(shard[: sample["image_bytes"]]))
+        tokens = np.frombuffer(shard[sample["image_bytes"] :], "<u4", sample["tokens"])
+        assert image.size == (sample["width"], sample["height"]) == (20, 16)
+        assert tokenizer.decode(tokens[:-1].tolist()) == f"caption number {int(sample['key'])}"
+        assert tokens[-1] == tokenizer.eot_token
 
 
 def test_held_out_samples_take_the_place_of_a_missing_val(tmp_path, monkeypatch):
@@ -287,6 +379,7 @@ def test_a_caption_that_is_cut_keeps_its_end(shapes):
     assert batch["tokens"].shape == (4, 6) and (batch["tokens"][:, -1] == split.tokenizer.eot_token).all()
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_broken_exif_and_transparency(tmp_path):
     Image.new("RGBA", (20, 16), (255, 0, 0, 0)).save(tmp_path / "a.png")
     assert data.open_image(tmp_path / "a.png").getpixel((3, 3)) == (255, 255, 255)
@@ -300,6 +393,216 @@ def test_flickr8k_keeps_all_captions(photographs, tmp_path):
         if (photographs.parent / "tokenizers").exists()
         else pytest.skip("no GPT-2 files")
     )
-    assert (meta["samples"], meta["captions"], meta["skipped"]) == (1000, 5000, {})
+    assert (meta["samples"], sum(meta["lengths"].values()), meta["skipped"]) == (1000, 5000, {})
     shards = Shards(tmp_path / "f/val")
     assert shards.image(999).mode == "RGB" and min(shards.image(999).size) == 37
+
+
+def header(name, size, kind=b"0"):
+    """A tar header that may claim anything."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, max(size, 0)
+    block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    if size < 0:
+        block[124:136] = b"\xff" * 12
+        block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    return bytes(block)
+
+
+def padded(content):
+    return content + bytes(-len(content) % 512)
+
+
+def member(name, content, kind=b"0"):
+    return header(name, len(content), kind) + padded(content)
+
+
+HUGE = 3 << 30
+PAIRS = b"".join(member(*each) for each in good(2))
+HOSTILE_TARS = {
+    "gigabyte caption": ([member("x.jpg", jpeg()), header("x.txt", HUGE), HUGE], {"file is too large": 1}),
+    "gigabyte image": ([header("x.jpg", HUGE), HUGE, member("x.txt", b"x")], {"file is too large": 1}),
+    "gigabyte pax header": ([header("x", HUGE, b"x"), HUGE], {}),
+    "gigabyte global header": ([header("x", HUGE, b"g"), HUGE], {}),
+    "gigabyte long name": ([header("././@LongLink", HUGE, b"L"), HUGE], {}),
+    "endless long names": ([header("././@LongLink", 0, b"L") * 20_000], {}),
+    "sparse": ([header("x.jpg", 512, b"S"), 512], {"tar member is not a file": 1}),
+    "devices and links": (
+        [header("x.jpg", 0, kind) for kind in (b"1", b"2", b"3", b"4", b"6")],
+        {"tar member is not a file": 5},
+    ),
+    "escaping names": ([member("../../x.jpg", jpeg()), member("/x.txt", b"x")], {"no caption": 1, "no image": 1}),
+    "backward member": ([header("x.txt", -512)], {"tar is cut short or damaged": 1}),
+    "beyond the end": ([header("x.txt", 1 << 32)], {"tar is cut short or damaged": 1}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TARS)
+def test_hostile_tars_cost_little_and_are_counted(tmp_path, name):
+    parts, losses = HOSTILE_TARS[name]
+    with open(tmp_path / "a.tar", "wb") as file:
+        file.write(PAIRS)
+        for part in parts:
+            file.write(part) if isinstance(part, bytes) else file.seek(part, 1)
+        ended = "tar is cut short or damaged" in losses
+        file.write(bytes(1024) if ended else b"".join(member(*each) for each in good(1, 7)) + bytes(1024))
+    before = set(tmp_path.parent.rglob("*"))
+    meta = build(tmp_path / "out", tmp_path / "a.tar")
+    assert meta["samples"] == 3 - ended and meta["skipped"] == losses
+    assert all(path.is_relative_to(tmp_path / "out") for path in set(tmp_path.parent.rglob("*")) - before)
+    unit = ["tar", str(tmp_path / "a.tar")]
+    assert growth(lambda: [0 for _ in data.read_samples(unit, data.MAX_BYTES, data.Counter(), None)]) < 200
+
+
+def growth(function):
+    """By how many MB the memory of a forked process grows at most while it calls the function."""
+    receiver, sender = os.pipe()
+    if not (child := os.fork()):
+        with contextlib.suppress(BaseException):
+            Path("/proc/self/clear_refs").write_text("5")
+            peak = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])  # noqa: E731
+            start = peak()
+            function()
+            os.write(sender, str((peak() - start) // 1024).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(sender)
+    with open(receiver) as file:
+        return int(file.read())
+
+
+def png_chunk(kind, content):
+    return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+
+def png(width, height, rows):
+    """A PNG of 8 bit RGBA whatever its rows are."""
+    start = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 6, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", start) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
+
+
+def webp_bomb():
+    """Claims a canvas of 16,384 x 16,384 pixels for a picture of 20 x 16."""
+    Image.new("RGB", (20, 16)).save(small := io.BytesIO(), "WEBP", lossless=True)
+    canvas = b"VP8X" + (10).to_bytes(4, "little") + bytes(4) + b"\xff\x3f\0\xff\x3f\0" + small.getvalue()[12:]
+    return b"RIFF" + (4 + len(canvas)).to_bytes(4, "little") + b"WEBP" + canvas
+
+
+def try_to_open(file):
+    with contextlib.suppress(data.BadSample):
+        return data.open_image(io.BytesIO(file), 256)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bombs_are_refused_or_fit_in_a_gigabyte():
+    start = jpeg().index(b"\xff\xc0") + 5
+    wide = jpeg()[:start] + b"\xff" * 4 + jpeg()[start + 4 :]
+    bombs = [png(20_000, 20_000, b""), png(9000, 8000, b""), webp_bomb(), wide]
+    assert not any(map(try_to_open, bombs)) and growth(lambda: [try_to_open(file) for file in bombs]) < 100
+    largest = png(7000, 7000, zlib.compress(bytes(7000 * 28_001), 1))
+    assert 100 < growth(lambda: try_to_open(largest)) < 1000
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_mutated_images_are_images_or_bad_samples(form):
+    rng = random.Random(0)
+    picture = data.draw_shapes(3, 64)[0]
+    picture.save(file := io.BytesIO(), form)
+    outcomes = data.Counter()
+    for _ in range(200):
+        content = bytearray(file.getvalue()[: rng.randrange(20, 2 * len(file.getvalue()))])
+        for _ in range(rng.randrange(9)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        image = try_to_open(bytes(content))
+        outcomes[image is not None] += 1
+        assert image is None or image.mode == "RGB" and np.asarray(image).shape == (*image.size[::-1], 3)
+    assert min(outcomes[False], outcomes[True]) > 5
+
+
+def test_hostile_text_goes_through_unchanged(tmp_path):
+    texts = ["a <|endoftext|> b", "<|endoftext|>", "a \u202e b", "\u200f", "<script>", "x" * 999, "猫 \U0001f600 e\u0301"]
+    files = [(f"{i}.jpg", jpeg()) for i in range(9)] + [(f"{i}.txt", text.encode()) for i, text in enumerate(texts)]
+    files += [("7.json", b'{"captions": ["a\\u0000b \\ud800", 7, null, "", "<PERSON> c"]}')]
+    build(tmp_path, make_tar(tmp_path / "a.tar", sorted([*files, ("8.json", b'{"caption": "d"}')])))
+    shards = Shards(tmp_path / "set/train")
+    tokenizer = shards.tokenizer
+    made = {shards.key(i): [decode_caption(tokenizer, c) for c in shards.captions(i)] for i in range(len(shards))}
+    assert made == {str(i): [text] for i, text in enumerate(texts)} | {"7": ["a b ?", "person c"], "8": ["d"]}
+
+
+def test_long_names_of_both_kinds_keep_sample_and_key(tmp_path):
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+            for name, content in ((f"{'d' * 150}/{'k' * 60}.JPG", jpeg()), (f"{'d' * 150}/{'k' * 60}.txt", b"x")):
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime = len(content), 1.5
+                tar.addfile(info, io.BytesIO(content))
+        build(tmp_path, tmp_path / "a.tar", fresh=True)
+        assert Shards(tmp_path / "set/train").key(0) == "k" * 48
+
+
+def one_line(capsys, function):
+    with pytest.raises(SystemExit) as status:
+        data.run(function)
+    error = capsys.readouterr().err.rpartition("error: ")[2]
+    assert status.value.code == 2 and error.count("\n") == 1
+    return error
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys):
+    source = make_tar(tmp_path / "a.tar", good(3))
+    expected = build(tmp_path / "whole", source)["files"]
+    folder = tmp_path / "out/set/train"
+    folder.mkdir(parents=True)
+    for name in ("00000.shard", "00000.done.tmp", "samples.bin", "meta.json.tmp"):
+        (folder / name).symlink_to("/dev/full")
+        assert "No space left" in one_line(capsys, lambda: build(tmp_path / "out", source))
+        assert not (folder / "meta.json").exists()
+        (folder / name).unlink()
+    assert build(tmp_path / "out", source)["files"] == expected
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    source = make_tar(tmp_path / "a.tar", good(3))
+    assert "Not a directory" in one_line(capsys, lambda: build(tmp_path / "file", source))
+
+
+def test_a_killed_worker_is_one_line(tmp_path, capsys, monkeypatch):
+    source = make_tar(tmp_path / "a.tar", good(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "open_image", lambda *_: os.kill(os.getpid(), 9))
+        assert "fewer --workers" in one_line(capsys, lambda: build(tmp_path, source))
+    assert build(tmp_path, source)["samples"] == 3
+
+
+def test_damage_met_by_a_loader_process_is_one_line(tmp_path, capsys):
+    build(tmp_path, make_tar(tmp_path / "a.tar", good(3)))
+    shard = tmp_path / "set/train/00000.shard"
+    shard.write_bytes(shard.read_bytes().replace(b"P6", b"XX"))
+    batches = Batches(Shards(tmp_path / "set/train"), 2, 8, 8, 0)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(2), num_workers=1)
+    assert "data.py --verify" in one_line(capsys, lambda: list(loader))
+
+
+def test_loader_processes_do_not_change_batches(shapes):
+    split = open_split(shapes, "shapes", "train")
+    batches = Batches(split, 12, 8, 16, 3, crop_scale=0.5)
+    assert batches[0]["images"].shape == (12, 8, 8, 3) and len(pickle.dumps(batches)) < 100_000
+    for workers in (0, 2):
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(5), num_workers=workers)
+        for k, batch in enumerate(loader):
+            assert all(np.array_equal(batch[name], batches[k][name]) for name in batch)
+
+
+def test_stats_are_those_of_the_shards(tmp_path, capsys):
+    words = ["a", "a dog runs", "a dog runs in the park"]
+    files = [m for i, text in enumerate(words) for m in ((f"{i}.jpg", jpeg(20 + i, 16)), (f"{i}.txt", text.encode()))]
+    build(tmp_path, make_tar(tmp_path / "a.tar", files))
+    data.show_stats(tmp_path, ["set", "set"], "train", 3)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"3 images, 3 captions, 66.67% cut at 3 tokens; {7 / 262:.1%} of 262 tokens occur" in said
+    assert "tokens 2 2 3 4 6 7 7 width 20 20 20 21 22 22 22 height 16" in said
+    assert (tmp_path / "lengths.svg").read_text().count("<polygon") == 2
+    assert Image.open(tmp_path / "set/train.png").size[0] > 180

@@ -1,0 +1,282 @@
+"""The loader and the preparation against what one would write or pick instead. By hand; pytest does not collect it.
+
+    pip install webdataset
+    python tests/bench_data.py                     # every row
+    python tests/bench_data.py loader growth       # these
+
+Prints a table and one JSON line a row. Ours and the peer take turns in one run; a ratio is that of the best rounds.
+The images are MDC_TEST_DATA's photographs enlarged, or where that is not set noise of every scale.
+"""
+
+import functools
+import io
+import itertools
+import json
+import os
+import shutil
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data  # noqa: E402
+
+WORKERS, ROUNDS, BATCH, SIDE, SCALE, COUNT, TARS = 2, 5, 64, 224, 0.5, 1024, 4
+TOKENIZER = "gpt2" if "TIKTOKEN_CACHE_DIR" in os.environ else "words:500"
+
+
+def pictures(short_side):
+    """COUNT JPEGs whose short side is `short_side`, 4 : 3, of the sizes that photographs have (q 90: 30 kB at 256)."""
+    rng = np.random.default_rng(0)
+    photographs = itertools.cycle([None])
+    if "MDC_TEST_DATA" in os.environ:
+        tar = Path(os.environ["MDC_TEST_DATA"], "flickr8k-train-00000.tar")
+        files = data.read_samples(["tar", tar], data.MAX_BYTES, data.Counter(), None)
+        photographs = itertools.cycle([files["jpg"] for _, files, _ in itertools.islice(files, 256)])
+    size = (short_side * 4 // 3, short_side)
+    grain = rng.normal(0, 6, (short_side + 64, size[0] + 64, 1))
+    for _, photograph in zip(range(COUNT), photographs, strict=False):
+        if photograph:
+            image = Image.open(io.BytesIO(photograph)).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        else:
+            scales = [rng.integers(0, 256, (n * 3, n * 4, 3), dtype=np.uint8) for n in (1, 4, 16)]
+            layers = [np.asarray(Image.fromarray(s).resize(size, Image.Resampling.BICUBIC), float) for s in scales]
+            image = Image.fromarray(np.mean(layers, 0).astype(np.uint8))
+        y, x = rng.integers(64, size=2)
+        noisy = np.asarray(image, float) + grain[y : y + size[1], x : x + size[0]]
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file := io.BytesIO(), "JPEG", quality=90)
+        yield file.getvalue()
+
+
+def write_tars(folder, jpegs):
+    folder.mkdir()
+    for number in range(TARS):
+        with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in range(number, COUNT, TARS):
+                for kind, content in (("jpg", jpegs[i]), ("txt", b"a photograph of number %d of many others" % i)):
+                    info = tarfile.TarInfo(f"{i:06d}.{kind}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return sorted(map(str, folder.glob("*.tar")))
+
+
+@functools.cache
+def material():
+    """Tars of 512 px, the shards that data.py makes of them, and tars of what is in the shards: (folder, shards)."""
+    folder, large = Path(tempfile.mkdtemp(prefix="bench_data")), list(pictures(512))
+    write_tars(folder / "large", large)
+    prepare(folder, "set")
+    shards = data.Shards(folder / "set/train")
+    small = [stored(shards, i) for i in range(len(shards))]
+    write_tars(folder / "small", small)
+    size = [round(np.mean([len(jpeg) for jpeg in jpegs]) / 1e3) for jpegs in (large, small)]
+    print(f"{COUNT} images, {size[0]} kB in the source, {size[1]} kB in the shards; in {folder}", flush=True)
+    return folder, shards
+
+
+def prepare(folder, name):
+    data.prepare(name, "train", folder, [str(folder / "large")], image_size=SIDE, tokenizer=TOKENIZER, workers=WORKERS)
+
+
+def stored(shards, i):
+    """The bytes of an image in a shard."""
+    _, shard, start, size, *_ = shards.record(i)
+    return shards._read(f"{shard:05d}.shard", start, size).tobytes()
+
+
+def decode_and_crop(jpeg):
+    """The bare work for one image: decode, the loader's crop and resize, to array."""
+    rng = np.random.default_rng(0)
+    image = Image.open(io.BytesIO(jpeg))
+    image.draft("RGB", (int(SIDE / SCALE**0.5),) * 2)
+    (width, height), shape = image.size, np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
+    area = width * height * rng.uniform(SCALE, 1)
+    w, h = min(width, (area * shape) ** 0.5), min(height, (area / shape) ** 0.5)
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    box = (left, top, left + w, top + h)
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+
+
+def decode_and_encode(jpeg):
+    """The bare work of preparation for one image: decode, resize, encode."""
+    image = Image.open(io.BytesIO(jpeg))
+    image.draft("RGB", (256, 256))
+    size = [round(side * 256 / min(image.size)) for side in image.size]
+    image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0).save(io.BytesIO(), "JPEG", quality=90)
+
+
+def bare(work, jpegs):
+    """Images a second of `work` in WORKERS processes that have the JPEGs in memory."""
+
+    def share(number, count):
+        for i in range(number, count, WORKERS):
+            work(jpegs[i % len(jpegs)])
+
+    def rate(count):
+        start = time.perf_counter()
+        children = [get_context("fork").Process(target=share, args=(number, count)) for number in range(WORKERS)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        return count / (time.perf_counter() - start)
+
+    return rate
+
+
+def loading(loader):
+    """Images a second of an endless loader that is already running: the consumer waits for its processes."""
+    batches = iter(loader)
+    for _ in range(8):
+        next(batches)
+
+    def rate(count):
+        start = time.perf_counter()
+        for _ in range(count // BATCH):
+            next(batches)
+        return count // BATCH * BATCH / (time.perf_counter() - start)
+
+    return rate
+
+
+def ours(shards, workers=WORKERS):
+    batches = data.Batches(shards, BATCH, SIDE, 64, 0, crop_scale=SCALE)
+    return loading(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(10**6), num_workers=workers))
+
+
+def webdataset_loader(tars):
+    import webdataset
+
+    def decode(sample):
+        return decode_and_crop(sample["jpg"]), sample["txt"].decode()
+
+    pipeline = webdataset.WebDataset(tars, shardshuffle=TARS, empty_check=False).shuffle(256).map(decode).repeat()
+    loader = webdataset.WebLoader(pipeline.batched(BATCH), batch_size=None, num_workers=WORKERS)
+    return loading(loader)
+
+
+def compare(rates, count=1024):
+    """Let several take turns: {name: rate in images/s} -> best of the rounds, and their ratio to the last one's."""
+    rounds = [{name: rate(count) for name, rate in rates.items()} for _ in range(ROUNDS)]
+    best = {name: max(each[name] for each in rounds) for name in rates}
+    median = {name: statistics.median(each[name] for each in rounds) for name in rates}
+    first, last = list(rates)[0], list(rates)[-1]
+    figures = {f"{name}_per_s": round(rate) for name, rate in best.items()}
+    return figures | {"ratio": best[first] / best[last], "ratio_of_medians": median[first] / median[last]}
+
+
+def bench_loader():
+    """Loader alone, of bare Pillow in as many processes: goal 0.9."""
+    _, shards = material()
+    jpegs = [stored(shards, i) for i in range(COUNT)]
+    return compare({"ours": ours(shards), "bare": bare(decode_and_crop, jpegs)})
+
+
+def bench_webdataset():
+    """Loader against webdataset on tars of the images in the shards: goal 1.0."""
+    folder, shards = material()
+    return compare({"ours": ours(shards), "webdataset": webdataset_loader(sorted(map(str, folder.glob("small/*"))))})
+
+
+def bench_webdataset_2x():
+    """Loader against webdataset on the tars that the shards were made of, of twice the side: goal 2."""
+    folder, shards = material()
+    return compare({"ours": ours(shards), "webdataset": webdataset_loader(sorted(map(str, folder.glob("large/*"))))})
+
+
+def bench_prepare():
+    """data.py, tars to shards, of bare decode + resize + encode in as many processes: goal 0.85."""
+    folder, _ = material()
+    jpegs = [files["jpg"] for tar in sorted(folder.glob("large/*"))
+             for _, files, _ in data.read_samples(["tar", tar], data.MAX_BYTES, data.Counter(), None)]
+    names = iter(range(100))
+
+    def whole(count):
+        start = time.perf_counter()
+        prepare(folder, f"again{next(names)}")
+        return count / (time.perf_counter() - start)
+
+    return compare({"ours": whole, "bare": bare(decode_and_encode, jpegs)}, COUNT)
+
+
+def anonymous_mb():
+    """Memory of this process that is not a mapped file."""
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) / 1024
+
+
+def pretend(folder, target, times):
+    """A split whose shards are `times` links to those of another."""
+    target.mkdir(parents=True)
+    meta, rows = json.loads((folder / "meta.json").read_text()), np.fromfile(folder / "samples.bin", data.RECORD)
+    shards = {name: file for name, file in meta["files"].items() if name != "samples.bin"}
+    every, files = [], {}
+    for number in range(times * len(shards)):
+        name = f"{number:05d}.shard"
+        os.link(folder / f"{number % len(shards):05d}.shard", target / name)
+        files[name] = shards[f"{number % len(shards):05d}.shard"]
+        if number % len(shards) == 0:
+            copy = rows.copy()
+            copy["shard"] += number
+            every.append(copy)
+    np.concatenate(every).tofile(target / "samples.bin")
+    files["samples.bin"] = {"bytes": os.path.getsize(target / "samples.bin"), "sha256": ""}
+    meta |= {"samples": times * len(rows), "held_out": 0, "files": files}
+    (target / "meta.json").write_text(json.dumps(meta))
+    return data.Shards(target)
+
+
+def bench_growth():
+    """Batches of a set of 10 x the samples against those of the set itself, and how memory grows: goal 1.0 and none."""
+    folder, _ = material()
+    small, large = (pretend(folder / "set/train", folder / f"times{times}", times) for times in (1, 10))
+    rates = {"ten_times": ours(large, 0), "once": ours(small, 0)}
+    figures = compare(rates, 256)
+    memory = []
+    for name in ("once", "ten_times"):
+        before = anonymous_mb()
+        rates[name](4096)
+        memory.append(round(anonymous_mb() - before, 1))
+    return figures | {"growth_mb_once_and_ten_times": memory}
+
+
+def bench_opening():
+    """Ten million samples in 2,500 shards: goal under a second and no memory worth naming."""
+    folder, shards = material()
+    target = folder / "ten_million"
+    target.mkdir()
+    samples, names = 10_000_000, [f"{number:05d}.shard" for number in range(2500)]
+    for name, size in [("samples.bin", samples * data.RECORD.itemsize), *((name, 1 << 27) for name in names)]:
+        with open(target / name, "wb") as file:
+            file.truncate(size)
+    files = {name: {"bytes": 1 << 27, "sha256": "0" * 64} for name in names}
+    files["samples.bin"] = {"bytes": samples * data.RECORD.itemsize, "sha256": ""}
+    meta = shards.meta | {"samples": samples, "held_out": 50_000, "files": files}
+    data.write_json(target / "meta.json", meta)
+    before, start = anonymous_mb(), time.perf_counter()
+    split = data.Shards(target)
+    split.record(len(split) - 1)
+    return {"seconds": time.perf_counter() - start, "mb": anonymous_mb() - before, "samples": len(split)}
+
+
+def main():
+    rows = {name.removeprefix("bench_"): row for name, row in globals().items() if name.startswith("bench_")}
+    try:
+        for name in sys.argv[1:] or rows:
+            figures = {key: round(value, 3) if isinstance(value, float) else value for key, value in rows[name]().items()}
+            print(f"{name:16}" + "  ".join(f"{key} {value}" for key, value in figures.items()))
+            print(json.dumps({"row": name, "workers": WORKERS} | figures), flush=True)
+    finally:
+        shutil.rmtree(material()[0])
+
+
+if __name__ == "__main__":
+    main()
