@@ -322,7 +322,20 @@ def show_example(batch, tokenizer, objective):
             f"  tokens   {' '.join(map(str, tokens[:length].tolist()))}\n  task     {task}")
 
 
-def report(model, val, seed, lengths, path, columns=4, side=180):
+def contact_sheet(images, texts, path, columns=4, side=180):
+    """Draw images [n,S,S,3] uint8 in a grid over their lines of text; texts: for each a list of (line, colour)."""
+    gap, height = 14, side + 140
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, -(-len(images) // columns) * height + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * height
+        sheet.paste(Image.fromarray(np.asarray(image)).resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        for number, (text, colour) in enumerate(lines):
+            draw.text((x, y + side + 6 + 64 * number), textwrap.fill(text, side // 8, max_lines=3), colour, font)
+    sheet.save(path)
+
+
+def report(model, val, seed, lengths, path):
     """Caption validation images, draw the first into `path`; for shapes {"exact": share of captions exactly right}."""
     shapes, made, given = val.folder.parent.name == "shapes", [], []
     batches = Batches(val, min(100, len(val)), model.config.image_size, model.config.max_tokens, seed, augment=False)
@@ -331,16 +344,9 @@ def report(model, val, seed, lengths, path, columns=4, side=180):
         made += captions_of(model, batch["images"], choose_lengths(lengths, len(batch["images"])), val.tokenizer)
         given += [decode_caption(val.tokenizer, row) for row in batch["tokens"]]
     right = [a == b for a, b in zip(made, given, strict=True)]
-    images, gap, height = batches[0]["images"][:3 * columns].numpy(), 14, side + 140
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, -(-len(images) // columns) * height + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for i, image in enumerate(images):
-        x, y = gap + i % columns * (side + gap), gap + i // columns * height
-        sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        colour = ("green" if right[i] else "darkred") if shapes else "black"
-        for down, text, ink in ((6, made[i], colour), (70, f"given: {given[i]}", "grey")):
-            draw.text((x, y + side + down), textwrap.fill(text, side // 8, max_lines=3), ink, font)
-    sheet.save(path)
+    texts = [[(a, ("green" if ok else "darkred") if shapes else "black"), (f"given: {b}", "grey")]
+             for a, b, ok in zip(made[:12], given, right, strict=False)]
+    contact_sheet(batches[0]["images"][:12], texts, path)
     return {"exact": sum(right) / len(right)} if shapes else {}
 
 
