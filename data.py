@@ -29,10 +29,12 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import sys
 import tarfile
+import threading
 import warnings
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -67,7 +69,7 @@ def run(main):
     try:
         main()
     except (UserError, OSError) as problem:
-        if isinstance(problem, OSError) and not problem.filename and problem.errno != errno.ENOSPC:
+        if isinstance(problem, OSError) and not problem.filename and problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         words = str(problem).split("UserError: ")[-1].strip()       # loader processes send theirs with a traceback
         sys.stderr.write(f"error: {words}\n")
@@ -237,8 +239,8 @@ def read_table(path):
                 rows = [row for row in csv.reader(file, skipinitialspace=True) if row][1:]
         for name, caption in rows:
             table.setdefault(name.partition("#")[0], []).append(caption)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as problem:
-        raise UserError(f"--captions {path}: {type(problem).__name__}: {problem}; expected COCO's captions_*.json, "
+    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        raise UserError(f"--captions {path}: {type(error).__name__}: {error}; expected COCO's captions_*.json, "
                         "a CSV with the header `image,caption`, or Flickr's *.token.txt") from None
     return sorted(table.items())
 
@@ -295,21 +297,25 @@ def read_samples(unit, types, skipped, caption_key, pixels=MIN_SIDE):
     Captions are JSON's `caption_key`, or if that is None JSON's "captions", KEY.txt or JSON's "caption", the first that
     is there; white space is collapsed. CC12M's <PERSON> becomes "person", one common word for five odd pieces."""
     for stem, group in itertools.groupby(read_files(unit, types, skipped, pixels), lambda file: file[0]):
-        files = {kind: content for _, kind, content in group}
+        files = {}
+        for _, kind, content in group:
+            skipped["file of the same name"] += kind in files
+            files[kind] = content
         try:
+            if any(len(content) > MAX_BYTES[kind] for kind, content in files.items()):
+                raise BadSample("file is too large")
             text, record = files.get("txt", b"").decode(), json.loads(files.get("json", b"{}"))
+            record = record if isinstance(record, dict) else {}
+            found = record.get(caption_key) if caption_key else record.get("captions") or text or record.get("caption")
+            texts = [text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
+            texts = [text.replace("\0", " ").replace("<PERSON>", "person").split() for text in texts]
+            captions = [" ".join(words).encode(errors="replace").decode() for words in texts if words]
+            if not captions:
+                raise BadSample("no caption")
+        except BadSample as reason:
+            skipped[str(reason)] += 1
         except (ValueError, RecursionError) as problem:
             skipped["caption is not UTF-8" if isinstance(problem, UnicodeDecodeError) else "broken JSON"] += 1
-            continue
-        record = record if isinstance(record, dict) else {}
-        found = record.get(caption_key) if caption_key else record.get("captions") or text or record.get("caption")
-        captions = [caption for caption in (found if isinstance(found, list) else [found]) if isinstance(caption, str)]
-        captions = [caption.replace("\0", " ").replace("<PERSON>", "person").split() for caption in captions]
-        captions = [" ".join(words).encode(errors="replace").decode() for words in captions if words]
-        if any(len(content) > MAX_BYTES[kind] for kind, content in files.items()):
-            skipped["file is too large"] += 1
-        elif not captions:
-            skipped["no caption"] += 1
         else:
             yield os.path.basename(stem), files, captions
 
@@ -346,6 +352,15 @@ def fingerprint(path):
         return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def end_with_parent():
+    """For a worker to start with: it would outlive a parent that is killed, and hold its lock for ever."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def write_shard(unit, number, folder, plan):
     """Read a unit and write NNNNN.shard, its records NNNNN.samples and last its counts NNNNN.done, which say what it
     was made from. Returns those counts; what an earlier run has finished is left alone."""
@@ -376,6 +391,9 @@ def write_shard(unit, number, folder, plan):
             record = (key, number, shard.tell(), encoded.tell(), len(tokens), *original_size, held_out)
             samples.write(np.array(record, RECORD).tobytes())
             shard.write(encoded.getvalue() + tokens.tobytes())
+        for file in (shard, samples):
+            file.flush()
+            os.fsync(file.fileno())
     write_json(done_file, {"made_from": made_from, "lengths": lengths, "skipped": skipped,
                            "file": fingerprint(shard_file)})
     return json.loads(done_file.read_text())
@@ -403,7 +421,7 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, caption
         except BlockingIOError:
             raise UserError(f"{folder} is being made by another process: wait, or use another --data-dir") from None
         if meta_file.exists() and not fresh:
-            meta = json.loads(meta_file.read_text())
+            meta = Shards(folder).meta
             was = meta | {"tokenizer": {"name": meta["tokenizer"]["name"]}}
             changed = [f"{name} was {was.get(name)}, now {plan[name]}" for name in plan if was.get(name) != plan[name]]
             if changed:
@@ -414,12 +432,14 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, caption
         meta_file.unlink(missing_ok=True)
         bar = {"total": len(units), "unit": "shard", "dynamic_ncols": True}
         try:
-            with ProcessPoolExecutor(workers) as pool:
+            with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
                 if tokenizer.startswith("words:") and split == "train":
                     counts = pool.map(count_pieces, units, itertools.repeat(caption_key))
                     plan["tokenizer"] = words_tokenizer(tokenizer, sum(tqdm(counts, "captions", **bar), Counter()))
                 elif tokenizer.startswith("words:"):  # one tokenizer for all splits
                     plan["tokenizer"] = Shards(folder.parent / "train").meta["tokenizer"]
+                    if plan["tokenizer"]["name"] != tokenizer:
+                        raise UserError(f"--tokenizer {tokenizer}: train has {plan['tokenizer']['name']}, as must val")
                 jobs = pool.map(write_shard, units, itertools.count(), itertools.repeat(folder), itertools.repeat(plan))
                 shards = list(tqdm(jobs, f"{dataset}/{split}", **bar))
         except BrokenExecutor:
@@ -479,7 +499,7 @@ class Shards:
 
     def _read(self, name, start, count):
         """Part of a file, uint8 [count]. Raises UserError if the file has no such part."""
-        if not 0 <= start <= start + count <= self.sizes.get(name, -1):
+        if not 0 <= start < start + count <= self.sizes.get(name, -1):
             raise UserError(f"{self.folder}: damaged, samples.bin points beyond {name}; try data.py --verify")
         if name not in self.maps:                     # torch closes a mapped file, numpy would hold thousands open
             memory = torch.from_file(str(self.folder / name), size=self.sizes[name], dtype=torch.uint8)

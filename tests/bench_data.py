@@ -95,7 +95,7 @@ def stored(shards, i):
 
 def decode_and_crop(jpeg):
     """The bare work for one image: decode, the loader's crop and resize, to array."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(len(jpeg))
     image = Image.open(io.BytesIO(jpeg))
     image.draft("RGB", (int(SIDE / SCALE**0.5),) * 2)
     (width, height), shape = image.size, np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
@@ -114,98 +114,111 @@ def decode_and_encode(jpeg):
     image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0).save(io.BytesIO(), "JPEG", quality=90)
 
 
-def bare(work, jpegs):
-    """Images a second of `work` in WORKERS processes that have the JPEGs in memory."""
+def cpu_seconds():
+    """Processor time of this process and of its children that have ended: does not mind what else the machine does."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def bare(work, jpegs, workers):
+    """A function that does the bare work for `count` JPEGs that are in memory, in as many processes."""
 
     def share(number, count):
-        for i in range(number, count, WORKERS):
+        for i in range(number, count, max(1, workers)):
             work(jpegs[i % len(jpegs)])
 
-    def rate(count):
-        start = time.perf_counter()
-        children = [get_context("fork").Process(target=share, args=(number, count)) for number in range(WORKERS)]
+    def go(count):
+        children = [get_context("fork").Process(target=share, args=(number, count)) for number in range(workers)]
         for child in children:
             child.start()
-        for child in children:
-            child.join()
-        return count / (time.perf_counter() - start)
+        for child in children or [share(0, count)]:
+            if child:
+                child.join()
 
-    return rate
+    return go
 
 
-def loading(loader):
-    """Images a second of an endless loader that is already running: the consumer waits for its processes."""
+def loading(loader, workers):
+    """A function that draws `count` images from an endless loader, and one that draws what it has made beforehand."""
     batches = iter(loader)
-    for _ in range(8):
-        next(batches)
 
-    def rate(count):
-        start = time.perf_counter()
+    def go(count):
         for _ in range(count // BATCH):
             next(batches)
-        return count // BATCH * BATCH / (time.perf_counter() - start)
 
-    return rate
+    return go, lambda: go(2 * workers * BATCH)
 
 
-def ours(shards, workers=WORKERS):
+def ours(shards, workers):
     batches = data.Batches(shards, BATCH, SIDE, 64, 0, crop_scale=SCALE)
-    return loading(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(10**6), num_workers=workers))
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(10**6), num_workers=workers)
+    return loading(loader, workers)
 
 
-def webdataset_loader(tars):
+def webdataset_loader(tars, workers):
     import webdataset
 
     def decode(sample):
         return decode_and_crop(sample["jpg"]), sample["txt"].decode()
 
     pipeline = webdataset.WebDataset(tars, shardshuffle=TARS, empty_check=False).shuffle(256).map(decode).repeat()
-    loader = webdataset.WebLoader(pipeline.batched(BATCH), batch_size=None, num_workers=WORKERS)
-    return loading(loader)
+    return loading(webdataset.WebLoader(pipeline.batched(BATCH), batch_size=None, num_workers=workers), workers)
 
 
-def compare(rates, count=1024):
-    """Let several take turns: {name: rate in images/s} -> best of the rounds, and their ratio to the last one's."""
-    rounds = [{name: rate(count) for name, rate in rates.items()} for _ in range(ROUNDS)]
-    best = {name: max(each[name] for each in rounds) for name in rates}
-    median = {name: statistics.median(each[name] for each in rounds) for name in rates}
-    first, last = list(rates)[0], list(rates)[-1]
-    figures = {f"{name}_per_s": round(rate) for name, rate in best.items()}
-    return figures | {"ratio": best[first] / best[last], "ratio_of_medians": median[first] / median[last]}
+def compare(functions, count, clock):
+    """Two take turns, each (function of a count, function that empties its queue): images/s of the best, and ratios."""
+    rates = {name: [] for name in functions}
+    for _ in range(ROUNDS):
+        for name, (go, drain) in functions.items():
+            drain()
+            start = clock()
+            go(count)
+            rates[name].append(count / (clock() - start))
+    first, last = rates.values()
+    ratios = {"best": max(first) / max(last), "medians": statistics.median(first) / statistics.median(last)}
+    return {f"{name}_per_s": round(max(rate)) for name, rate in rates.items()} | ratios
+
+
+def both_ways(make, count=1024):
+    """In WORKERS processes by the clock on the wall, and in this process by processor time."""
+    wall = compare(make(WORKERS), count, time.perf_counter)
+    return {"wall": wall, "cpu": compare(make(0), count // 2, cpu_seconds)}
+
+
+def idle():
+    pass
 
 
 def bench_loader():
     """Loader alone, of bare Pillow in as many processes: goal 0.9."""
     _, shards = material()
     jpegs = [stored(shards, i) for i in range(COUNT)]
-    return compare({"ours": ours(shards), "bare": bare(decode_and_crop, jpegs)})
+    return both_ways(lambda n: {"ours": ours(shards, n), "bare": (bare(decode_and_crop, jpegs, n), idle)})
 
 
 def bench_webdataset():
     """Loader against webdataset on tars of the images in the shards: goal 1.0."""
     folder, shards = material()
-    return compare({"ours": ours(shards), "webdataset": webdataset_loader(sorted(map(str, folder.glob("small/*"))))})
+    tars = sorted(map(str, folder.glob("small/*")))
+    return both_ways(lambda n: {"ours": ours(shards, n), "webdataset": webdataset_loader(tars, n)})
 
 
 def bench_webdataset_2x():
     """Loader against webdataset on the tars that the shards were made of, of twice the side: goal 2."""
     folder, shards = material()
-    return compare({"ours": ours(shards), "webdataset": webdataset_loader(sorted(map(str, folder.glob("large/*"))))})
+    tars = sorted(map(str, folder.glob("large/*")))
+    return both_ways(lambda n: {"ours": ours(shards, n), "webdataset": webdataset_loader(tars, n)})
 
 
 def bench_prepare():
     """data.py, tars to shards, of bare decode + resize + encode in as many processes: goal 0.85."""
     folder, _ = material()
-    jpegs = [files["jpg"] for tar in sorted(folder.glob("large/*"))
-             for _, files, _ in data.read_samples(["tar", tar], data.MAX_BYTES, data.Counter(), None)]
-    names = iter(range(100))
-
-    def whole(count):
-        start = time.perf_counter()
-        prepare(folder, f"again{next(names)}")
-        return count / (time.perf_counter() - start)
-
-    return compare({"ours": whole, "bare": bare(decode_and_encode, jpegs)}, COUNT)
+    files = [data.read_samples(["tar", tar], data.MAX_BYTES, data.Counter(), None) for tar in folder.glob("large/*")]
+    jpegs, names = [files["jpg"] for _, files, _ in itertools.chain(*files)], itertools.count()
+    peer = bare(decode_and_encode, jpegs, WORKERS)
+    functions = {"ours": (lambda _: prepare(folder, f"again{next(names)}"), idle), "bare": (peer, idle)}
+    wall = compare(functions, COUNT, time.perf_counter)
+    return {"wall": wall, "cpu": compare(functions, COUNT, cpu_seconds)}
 
 
 def anonymous_mb():
@@ -237,15 +250,15 @@ def pretend(folder, target, times):
 def bench_growth():
     """Batches of a set of 10 x the samples against those of the set itself, and how memory grows: goal 1.0 and none."""
     folder, _ = material()
-    small, large = (pretend(folder / "set/train", folder / f"times{times}", times) for times in (1, 10))
-    rates = {"ten_times": ours(large, 0), "once": ours(small, 0)}
-    figures = compare(rates, 256)
-    memory = []
-    for name in ("once", "ten_times"):
+    times = {"ten_times": 10, "once": 1}
+    sets = {name: pretend(folder / "set/train", folder / name, number) for name, number in times.items()}
+    functions = {name: ours(shards, 0) for name, shards in sets.items()}
+    figures, grown = compare(functions, 512, cpu_seconds), {}
+    for name, (go, _) in functions.items():
         before = anonymous_mb()
-        rates[name](4096)
-        memory.append(round(anonymous_mb() - before, 1))
-    return figures | {"growth_mb_once_and_ten_times": memory}
+        go(4096)
+        grown[name] = round(anonymous_mb() - before, 1)
+    return figures | {"grown_mb": grown}
 
 
 def bench_opening():
@@ -267,12 +280,17 @@ def bench_opening():
     return {"seconds": time.perf_counter() - start, "mb": anonymous_mb() - before, "samples": len(split)}
 
 
+def rounded(figures):
+    return {key: rounded(value) if isinstance(value, dict) else round(value, 3) for key, value in figures.items()}
+
+
 def main():
+    torch.set_num_threads(1)
     rows = {name.removeprefix("bench_"): row for name, row in globals().items() if name.startswith("bench_")}
     try:
         for name in sys.argv[1:] or rows:
-            figures = {key: round(value, 3) if isinstance(value, float) else value for key, value in rows[name]().items()}
-            print(f"{name:16}" + "  ".join(f"{key} {value}" for key, value in figures.items()))
+            figures = rounded(rows[name]())
+            print(f"{name:14}" + "  ".join(f"{key} {value}" for key, value in figures.items()))
             print(json.dumps({"row": name, "workers": WORKERS} | figures), flush=True)
     finally:
         shutil.rmtree(material()[0])

@@ -3,10 +3,12 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import tarfile
+import time
 import zlib
 from pathlib import Path
 
@@ -172,6 +174,33 @@ def test_stopped_preparation_is_finished_to_the_same_bytes(tmp_path, monkeypatch
     assert everything(folder) == expected and (folder / "00000.shard").stat().st_mtime_ns == kept
 
 
+def test_a_killed_preparation_releases_its_lock_and_keeps_finished_shards(tmp_path, monkeypatch):
+    for i in range(3):
+        make_tar(tmp_path / f"{i}.tar", good(4, 10 * i))
+    build(tmp_path / "whole", tmp_path / "*.tar")
+    write_json, folder = data.write_json, tmp_path / "cut/set/train"
+
+    def stops_after_the_first(path, value):
+        if path.name == "00001.done":
+            time.sleep(60)
+        write_json(path, value)
+
+    monkeypatch.setattr(data, "write_json", stops_after_the_first)
+    child = multiprocessing.get_context("fork").Process(target=build, args=(tmp_path / "cut", tmp_path / "*.tar"))
+    child.start()
+    while not (folder / "00001.samples").exists():
+        time.sleep(0.01)
+    child.kill()
+    child.join()
+    monkeypatch.setattr(data, "write_json", write_json)
+    kept = (folder / "00000.shard").stat().st_mtime_ns
+    with open(folder / ".lock", "w") as lock:  # held until the last worker has noticed
+        data.fcntl.flock(lock, data.fcntl.LOCK_EX)
+    build(tmp_path / "cut", tmp_path / "*.tar")
+    assert everything(folder) == everything(tmp_path / "whole/set/train")
+    assert (folder / "00000.shard").stat().st_mtime_ns == kept
+
+
 def test_unfinished_shards_of_other_options_are_not_taken(tmp_path):
     make_tar(tmp_path / "a.tar", good(3))
     with pytest.raises(UserError, match="not one usable sample.*'no caption': 3"):
@@ -222,6 +251,16 @@ def test_meta_that_lies_is_refused(tmp_path, lie):
     (tmp_path / "set/train/meta.json").write_text(json.dumps(meta | lie))
     with pytest.raises(UserError, match="damaged"):
         Shards(tmp_path / "set/train")
+
+
+def test_one_tokenizer_for_all_splits(tmp_path):
+    make_tar(tmp_path / "a.tar", good(3))
+    with pytest.raises(UserError, match="--split train"):
+        build(tmp_path, tmp_path / "a.tar", "val")
+    train = build(tmp_path, tmp_path / "a.tar")
+    assert build(tmp_path, tmp_path / "a.tar", "val")["tokenizer"] == train["tokenizer"]
+    with pytest.raises(UserError, match="train has words:50"):
+        prepare("set", "val", tmp_path, [str(tmp_path / "a.tar")], image_size=16, tokenizer="words:9", fresh=True)
 
 
 @pytest.mark.parametrize("meta", ["", "[]", "{}", "[" * 10_000, "null", "\0"])
@@ -422,6 +461,9 @@ PAIRS = b"".join(member(*each) for each in good(2))
 HOSTILE_TARS = {
     "gigabyte caption": ([member("x.jpg", jpeg()), header("x.txt", HUGE), HUGE], {"file is too large": 1}),
     "gigabyte image": ([header("x.jpg", HUGE), HUGE, member("x.txt", b"x")], {"file is too large": 1}),
+    "gigabyte JSON": ([member("x.jpg", jpeg()), header("x.json", HUGE), HUGE], {"file is too large": 1}),
+    "the same name again": ([member("x.txt", b"a"), member("x.jpg", jpeg()), member("x.txt", b"b")],
+                            {"file of the same name": 1}),
     "gigabyte pax header": ([header("x", HUGE, b"x"), HUGE], {}),
     "gigabyte global header": ([header("x", HUGE, b"g"), HUGE], {}),
     "gigabyte long name": ([header("././@LongLink", HUGE, b"L"), HUGE], {}),
@@ -448,7 +490,7 @@ def test_hostile_tars_cost_little_and_are_counted(tmp_path, name):
         file.write(bytes(1024) if ended else b"".join(member(*each) for each in good(1, 7)) + bytes(1024))
     before = set(tmp_path.parent.rglob("*"))
     meta = build(tmp_path / "out", tmp_path / "a.tar")
-    assert meta["samples"] == 3 - ended and meta["skipped"] == losses
+    assert meta["samples"] == 3 - ended + ("again" in name) and meta["skipped"] == losses
     assert all(path.is_relative_to(tmp_path / "out") for path in set(tmp_path.parent.rglob("*")) - before)
     unit = ["tar", str(tmp_path / "a.tar")]
     assert growth(lambda: [0 for _ in data.read_samples(unit, data.MAX_BYTES, data.Counter(), None)]) < 200
@@ -521,7 +563,7 @@ def test_mutated_images_are_images_or_bad_samples(form):
 
 
 def test_hostile_text_goes_through_unchanged(tmp_path):
-    texts = ["a <|endoftext|> b", "<|endoftext|>", "a \u202e b", "\u200f", "<script>", "x" * 999, "猫 \U0001f600 e\u0301"]
+    texts = ["a <|endoftext|> b", "<|endoftext|>", "a \u202e b", "\u200f", "<b>", "x" * 999, "猫 \U0001f600 e\u0301"]
     files = [(f"{i}.jpg", jpeg()) for i in range(9)] + [(f"{i}.txt", text.encode()) for i, text in enumerate(texts)]
     files += [("7.json", b'{"captions": ["a\\u0000b \\ud800", 7, null, "", "<PERSON> c"]}')]
     build(tmp_path, make_tar(tmp_path / "a.tar", sorted([*files, ("8.json", b'{"caption": "d"}')])))
