@@ -127,6 +127,38 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """cross_entropy(x @ weight.T + bias, targets) with little memory: x [K,D], weight [V,D], targets [K] -> [K] nats.
+
+    Logits would be most of the memory of a training step. Here they exist once, in autocast's type, and become their
+    own gradient a few rows at a time; only those rows are ever float32. For the matrix products, which are faster so,
+    V is rounded up to a multiple of 64; the columns added have weight 0 and no part in the softmax.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets):
+        device, V = x.device.type, len(weight)
+        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        padded = x.new_zeros(-(-V // 64) * 64, x.shape[1])
+        padded[:V] = weight
+        logits, losses, chunk = x @ padded.T, bias.new_empty(len(x)), 1 + 2 ** 20 // V
+        for first in range(0, len(x), chunk):
+            rows, target = logits[first:first + chunk, :V], targets[first:first + chunk, None]
+            log_p = (rows + bias).log_softmax(1)                                # float32, as the bias is
+            losses[first:first + chunk] = -log_p.gather(1, target).squeeze(1)
+            rows.copy_(log_p.exp_().scatter_add_(1, target, -log_p.new_ones(target.shape)))     # p - one-hot
+        ctx.save_for_backward(x, padded, logits)
+        ctx.V = V
+        return losses
+
+    @staticmethod
+    def backward(ctx, slope):                         # [K], the weights of the losses
+        x, padded, gradient = ctx.saved_tensors
+        by_weight = gradient.T @ (x * slope[:, None]).to(x.dtype)
+        by_bias = slope.to(x.dtype) @ gradient
+        return (gradient @ padded) * slope[:, None], by_weight[:ctx.V], by_bias[:ctx.V], None
+
+
 def contrastive_loss(image, text, all_images=None, all_texts=None, first=0):
     """CLIP's symmetric cross-entropy (Radford et al. 2021): this process's part of the mean over the global batch.
 

@@ -1,11 +1,11 @@
 """The captioner: a ViT that turns an image into patch features and a text decoder that reads them.
 
-    python model.py                       # the size registry: parameters of every model
+    python model.py                       # the size registry: parameters and operations of every model
 
-Masked diffusion captioning needs no new architecture. It is the encoder-decoder of CapPa (Tschannen et al. 2023,
-"Image Captioners Are Scalable Vision Learners Too") with the causal mask taken out of the decoder; everything the
-paper adds is in diffusion.py. What it is compared with differs here in the lines that ask for the objective: "ar"
-keeps the causal mask, "clip" pools both sides instead of cross-attending. Three things are worth a look:
+Masked diffusion captioning needs no new architecture: it is the encoder-decoder of CapPa (Tschannen et al. 2023,
+"Image Captioners Are Scalable Vision Learners Too") without the decoder's causal mask; all else is in diffusion.py.
+What it is compared with differs in the lines that ask for the objective: "ar" keeps the causal mask, "clip" pools
+both sides instead of cross-attending. Three things are worth a look:
 
   * `[MASK]` is an extra *input* embedding row and has no output column, so the model can never predict it.
   * The decoder works on a flat stream of the real tokens of a batch; pads exist only inside attention.
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from diffusion import LinearCrossEntropy
 
 # name: (width, encoder depth, heads, patch size). The decoder has half the encoder's depth, as CapPa's B/16 has.
 SIZES = {
@@ -49,9 +51,8 @@ class Config:
 def sincos(positions, width):
     """Sine-cosine table of positions [n] -> [n, width] (Vaswani et al. 2017); `width` must be even.
 
-    Positions learned from small noise cost most of a short run; so does the usual base of 10000, made for thousands of
-    words: on a grid of 6 to 14 patches most of its waves hardly move. With 100 all of them tell neighbours apart.
-    """
+    Learning them from noise costs most of a short run. So does the usual base of 10000, made for thousands of words:
+    most of its waves hardly move on 6 to 14 patches. With 100 all of them tell neighbours apart."""
     frequency = 100.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
     angle = positions.double()[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
@@ -80,63 +81,45 @@ def attend(q, k, v, heads, bias=None):
 
 
 class Pack:
-    """Where the real tokens of a padded batch stand: pads never enter a linear layer, only attention sees [B,T].
-
-    valid [B,T] bool; rows [M] = flat positions b*T+i of the real tokens (found here unless the loader already did,
-    which saves a CUDA host synchronisation).
-    """
+    """Where the real tokens of a padded batch stand, rows [M] (flat positions b*T+i): pads never enter a linear layer,
+    only attention sees [B,T]."""
 
     def __init__(self, valid, rows=None):
         self.B, self.T = valid.shape
         self.rows = valid.flatten().nonzero().squeeze(1) if rows is None else rows
 
-    def pad(self, x):
-        """[M,D] -> [B,T,D] with zeros at the pads."""
+    def pad(self, x):                                                           # [M,D] -> [B,T,D], zeros at the pads
         return x.new_zeros(self.B * self.T, x.shape[-1]).index_copy(0, self.rows, x).view(self.B, self.T, -1)
 
-    def unpad(self, x):
-        """[B,T,D] -> [M,D]."""
+    def unpad(self, x):                                                         # [B,T,D] -> [M,D]
         return x.flatten(0, 1).index_select(0, self.rows)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention, of images on [B,N,D], of texts (with `pack`) on the flat stream [M,D].
+class Attention(nn.Module):
+    """Multi-head attention, of images on [B,N,D], of texts (with `pack`) on the flat stream of real tokens [M,D].
 
-    cache: a list that collects keys and values over the calls, for left-to-right decoding.
+    With `cross` text asks and the image answers: keys and values come from TextDecoder.read, once an image.
+    cache: a list that collects the keys and values of earlier calls, for left-to-right decoding.
     """
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, cross=False):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        if cross:
+            self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        else:
+            self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, bias=None, pack=None, cache=None):
-        qkv = self.qkv(x) if pack is None else pack.pad(self.qkv(x))
-        q, k, v = qkv.chunk(3, dim=-1)                                                          # [B,T,D]
+    def forward(self, x, kv=None, bias=None, pack=None, cache=None):
+        x = self.qkv(x) if kv is None else self.q(x)
+        x = x if pack is None else pack.pad(x)
+        q, k, v = x.chunk(3, dim=-1) if kv is None else (x, *kv)                # [B,T,D], of images [B,N,D]
         if cache is not None:
-            cache[:] = [torch.cat([*old, new], dim=1) for old, new in zip((cache[:1], cache[1:]), (k, v), strict=True)]
-            k, v = cache
+            cache.append((k, v))
+            k, v = (torch.cat(parts, dim=1) for parts in zip(*cache, strict=True))
         out = attend(q, k, v, self.heads, bias)
         return self.proj(out if pack is None else pack.unpad(out))
-
-
-class CrossAttention(nn.Module):
-    """Text asks, image answers; the keys and values come from `read`, once an image."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
-
-    def read(self, features):
-        """features [B,N,D] -> keys and values, each [B,N,D]."""
-        return self.kv(features).chunk(2, dim=-1)
-
-    def forward(self, x, kv, pack):
-        return self.proj(pack.unpad(attend(pack.pad(self.q(x)), *kv, self.heads)))              # [M,D]
 
 
 class Block(nn.Module):
@@ -145,18 +128,18 @@ class Block(nn.Module):
     def __init__(self, width, heads, cross=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = SelfAttention(width, heads)
+        self.attn = Attention(width, heads)
         if cross:
             self.norm_cross = nn.LayerNorm(width, eps=1e-6)
-            self.cross = CrossAttention(width, heads)
+            self.cross = Attention(width, heads, cross=True)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(),
                                              fc2=nn.Linear(4 * width, width)))
 
     def forward(self, x, kv=None, bias=None, pack=None, cache=None):
-        x = x + self.attn(self.norm1(x), bias, pack, cache)
+        x = x + self.attn(self.norm1(x), None, bias, pack, cache)
         if kv is not None:
-            x = x + self.cross(self.norm_cross(x), kv, pack)
+            x = x + self.cross(self.norm_cross(x), kv, None, pack)
         return x + self.mlp(self.norm2(x))
 
 
@@ -164,8 +147,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision transformer without a class token (Dosovitskiy et al. 2021; no token as in CapPa and timm).
 
-    Parameter names and shapes are timm's, so `timm.create_model("vit_base_patch16_224", class_token=False,
-    global_pool="avg", fc_norm=False, num_classes=0).load_state_dict(vit.state_dict())` works as it is.
+    Parameter names and shapes are timm's: its "vit_base_patch16_224" with class_token=False, global_pool="avg",
+    fc_norm=False, num_classes=0 loads vit.state_dict() as it is.
     """
 
     def __init__(self, config):
@@ -175,16 +158,15 @@ class ViT(nn.Module):
             raise ValueError(f"image size {config.image_size} is not a multiple of {config.size}'s patch size {patch}")
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, kernel_size=patch, stride=patch)))
         table = sincos_2d(config.image_size // patch, width)[None]                              # [1,N,D]
-        if config.positions == "learned":
-            self.pos_embed = nn.Parameter(table)
-        else:
-            self.register_buffer("pos_embed", table)
+        self.pos_embed = nn.Parameter(table, requires_grad=config.positions == "learned")
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images):
         """images [B,3,S,S] float in [-1,1] -> patch features after the final LayerNorm [B,N,D]."""
-        x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed                # [B,N,D]
+        proj = self.patch_embed.proj                  # a convolution of separate patches is a linear layer, and faster
+        x = F.unfold(images, proj.kernel_size, stride=proj.stride).transpose(1, 2)              # [B,N,3*P*P]
+        x = F.linear(x, proj.weight.flatten(1), proj.bias) + self.pos_embed                     # [B,N,D]
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -210,22 +192,22 @@ class TextDecoder(nn.Module):
             self.head = nn.Linear(width, config.vocab_size)
 
     def read(self, features):
-        """features [B,N,D] -> the cross-attention keys and values of every layer; sampling calls it once an image."""
-        return [block.cross.read(features) for block in self.blocks]
+        """features [B,N,D] -> of every layer cross-attention's keys and values, each [B,N,D]; once an image."""
+        return [block.cross.kv(features).chunk(2, dim=-1) for block in self.blocks]
 
-    def hidden(self, kv, tokens, mask, valid, rows=None):
-        """Outputs of the last block for the real tokens [B,T,D], zeros at pads; the arguments are forward's."""
+    def hidden(self, kv, tokens, mask, valid, rows=None, caches=None, first=0):
+        """Outputs of the last block for the real tokens [B,T,D], zeros at pads; arguments as in forward and next_word."""
         pack = Pack(valid, rows)
-        x = pack.unpad(self.embed(tokens.masked_fill(mask, self.mask_id)) + self.positions[:pack.T])    # [M,D]
+        x = pack.unpad(self.embed(tokens.masked_fill(mask, self.mask_id)) + self.positions[first:first + pack.T])
         seen = valid[:, None, None, :]                                                          # [B,1,1,T] keys
         if self.causal:
             seen = seen & torch.ones(pack.T, pack.T, dtype=torch.bool, device=x.device).tril()  # [B,1,T,T]
-        bias = torch.zeros(seen.shape, device=x.device).masked_fill(~seen, -torch.inf)
+        bias = torch.where(seen, 0.0, -torch.inf)
         for number, block in enumerate(self.blocks):
-            x = block(x, kv and kv[number], bias, pack)
+            x = block(x, kv and kv[number], bias, pack, caches and caches[number])
         return pack.pad(self.norm(x))
 
-    def forward(self, kv, tokens, mask, valid, rows=None, where=None):
+    def forward(self, kv, tokens, mask, valid, rows=None, where=None, targets=None):
         """Logits for the words of B captions.
 
         kv      from `read`
@@ -234,22 +216,21 @@ class TextDecoder(nn.Module):
         valid   [B,T] bool, False at pads, which nothing attends to; a caption has at least one real token
         rows    [M] int, flat positions of the real tokens, if the caller knows them
         where   [K] int, flat positions whose logits are wanted (real tokens only); None: all
-        returns [K,V], or [B,T,V]
+        targets [K] int, the words at `where`, if their losses are wanted instead of logits
+        returns [K,V], or [B,T,V]; with targets [K] nats
         """
         x = self.hidden(kv, tokens, mask, valid, rows)
-        return self.head(x if where is None else x.flatten(0, 1).index_select(0, where))
+        x = x if where is None else x.flatten(0, 1).index_select(0, where)
+        if targets is not None:
+            return LinearCrossEntropy.apply(x, self.head.weight, self.head.bias, targets)
+        return self.head(x)
 
     def next_word(self, kv, tokens, position, caches):
-        """Left-to-right decoding: logits [B,V] of the word at `position`, given the one before it, tokens [B].
-
-        At position 0 tokens is ignored. caches: a list of an empty list for each block, which fills up.
-        """
-        start = torch.full_like(tokens, self.mask_id)
-        x = self.embed(start if position == 0 else tokens) + self.positions[position]           # [B,D]
-        pack = Pack(torch.ones(len(tokens), 1, dtype=torch.bool, device=x.device))
-        for block, block_kv, cache in zip(self.blocks, kv, caches, strict=True):
-            x = block(x, block_kv, None, pack, cache)
-        return self.head(self.norm(x))
+        """Left-to-right decoding: logits [B,V] of the word at `position`, given the one before it, tokens [B] (at 0
+        ignored). caches: a list of an empty list for each block, which fills up."""
+        valid = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)
+        start = valid if position == 0 else ~valid
+        return self.head(self.hidden(kv, tokens[:, None], start, valid, None, caches, position)[:, 0])
 
 
 # ------------------------------------------------------------------------------------------------ both together
@@ -269,10 +250,8 @@ class Captioner(nn.Module):
         for name, value in self.named_parameters():
             if name.endswith("embed.weight"):
                 nn.init.normal_(value, std=0.02)
-            elif name.endswith("head.weight"):
-                nn.init.zeros_(value)                 # CapPa: the first prediction is uniform, the first loss log V
-            elif name.endswith("bias"):
-                nn.init.zeros_(value)
+            elif name.endswith(("bias", "head.weight")):
+                nn.init.zeros_(value)                 # of the head as CapPa: the first loss is that of a guess, log V
             elif value.ndim > 1 and "pos" not in name:
                 nn.init.xavier_uniform_(value.flatten(1))
 
@@ -281,21 +260,31 @@ class Captioner(nn.Module):
         return self.encoder(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
 
     def match(self, features, tokens, valid, rows=None):
-        """CLIP: patch features and captions -> points on the unit sphere, image [B,D] and text [B,D].
-
-        The images come multiplied by the learned inverse temperature, so that image @ text.T are the logits and
-        processes that exchange features need not know of it. Both sides are means, not one token.
-        """
+        """CLIP: the means of patch features and of words as points on the unit sphere, image [B,D] and text [B,D]. The
+        images come multiplied by the learned inverse temperature, so that image @ text.T are the logits."""
         text = self.decoder.hidden(None, tokens, torch.zeros_like(valid), valid, rows).sum(1) / valid.sum(1)[:, None]
         image, text = self.image_proj(features.mean(1)).float(), self.text_proj(text).float()
         return F.normalize(image, dim=1) * self.log_scale.exp(), F.normalize(text, dim=1)
 
-    def forward(self, images, tokens, mask, valid, rows=None, where=None):
+    def forward(self, images, tokens, mask, valid, rows=None, where=None, targets=None):
         """One training pass: images [B,S,S,3] uint8, the rest as in TextDecoder.forward; for "clip" as in match."""
         features = self.encode(images)
         if self.config.objective == "clip":
             return self.match(features, tokens, valid, rows)
-        return self.decoder(self.decoder.read(features), tokens, mask, valid, rows, where)
+        return self.decoder(self.decoder.read(features), tokens, mask, valid, rows, where, targets)
+
+
+def flops(config, images, tokens, predicted):
+    """Useful operations of a training step, three forward passes, for so many images, real tokens, tokens with a loss.
+
+    Pads and logits that nobody asked for are no work; attention among the few words of a caption is neglected.
+    """
+    width, depth, _, patch = SIZES[config.size]
+    N = (config.image_size // patch) ** 2
+    block = 12 * width ** 2 + 2 * N * width                         # products with the weights; q k^T and attention v
+    encoder = N * (3 * patch ** 2 * width + depth * block + depth // 2 * 2 * width ** 2)
+    decoder = depth // 2 * (block + 2 * width ** 2)
+    return 6 * (images * encoder + tokens * decoder + predicted * width * config.vocab_size)
 
 
 def flops(config, images, tokens, predicted):
@@ -313,12 +302,12 @@ def flops(config, images, tokens, predicted):
 
 
 def main():
-    print(f"{'model':8}{'encoder':>12}{'decoder':>12}   parameters in millions, GPT-2 vocabulary, 224 px, 64 tokens")
+    print("model   encoder M  decoder M  GFLOP of a training step: 1 image of 224 px, 16 tokens, 12 masked, GPT-2's words")
     for size in SIZES:
         with torch.device("meta"):
-            model = Captioner(Config(size=size, image_size=224))
+            model = Captioner(Config(size, image_size=224))
         counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.decoder)]
-        print(f"{size:8}{counts[0]:12.1f}{counts[1]:12.1f}")
+        print(f"{size:6}{counts[0]:11.1f}{counts[1]:11.1f}{flops(model.config, 1, 16, 12) / 1e9:11.1f}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """model.py: what the decoder may see, and that the encoder is timm's."""
 
 import math
-import sys
-import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
-from model import SIZES, Captioner, Config, attend
+from bench import import_timm
+from model import SIZES, Captioner, Config, attend, flops
 from sample import caption_images, score_captions
 
 
@@ -150,12 +150,31 @@ def test_first_loss_is_log_vocabulary(batch):
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(50)))
 
 
+def test_losses_without_float32_logits_are_cross_entropy(model, batch):
+    """Losses and gradients of the head that forgets its logits, against logits and F.cross_entropy in float32."""
+    where, gradients = batch["mask"].flatten().nonzero().squeeze(1), []
+    targets, weight = batch["tokens"].flatten()[where], torch.rand(len(where))
+    for kept in (True, False):
+        if kept:
+            losses = diffusion.cross_entropy(model(**batch, where=where), targets)
+        else:
+            torch.testing.assert_close(model(**batch, where=where, targets=targets), losses)
+            losses = model(**batch, where=where, targets=targets)
+        model.zero_grad()
+        (losses * weight).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(**batch, where=where, targets=targets)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, losses, atol=0.1, rtol=0.02)
+
+
 def test_a_batch_without_masked_words_trains_nothing_but_breaks_nothing(batch):
     model = Captioner(Config("tiny", 16, 50, 12, eos=49))
     none = torch.zeros(0, dtype=torch.long)
-    logits = model(**batch | {"mask": torch.zeros_like(batch["mask"])}, where=none)
-    diffusion.cross_entropy(logits, none).sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    model(**batch | {"mask": torch.zeros_like(batch["mask"])}, where=none, targets=none).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -165,34 +184,20 @@ def test_sizes(size):
     assert len(model.decoder.blocks) * 2 == len(model.encoder.blocks)
 
 
-def test_timm_takes_the_encoder(monkeypatch):
-    class StubClass(type):
-        def __getattr__(cls, name):
-            return name
+@pytest.mark.parametrize("size", ["tiny", "B/32"])
+def test_operations_are_those_that_are_counted(size):
+    """Of a forward pass without pads and with all logits, but for what flops neglects: attention among T words."""
+    B, T, config = 2, 3, Config(size, 64, 50, 12, eos=49)
+    model, ones = Captioner(config), torch.ones(B, T, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(B, 64, 64, 3, dtype=torch.uint8), torch.zeros(B, T, dtype=torch.long), ones, ones)
+    among_words = 4 * B * T * T * SIZES[size][0] * len(model.decoder.blocks)
+    assert 3 * (counter.get_total_flops() - among_words) == flops(config, B, B * T, B * T)
 
-    class Stub(types.ModuleType):  # timm imports torchvision, which the CPU build of torch has none of
-        def __getattr__(self, name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return StubClass(name, (), {}) if name[0].isupper() else Stub(name)
 
-        def __call__(self, *args, **kwargs):
-            return self
-
-    for name in (
-        "",
-        ".transforms",
-        ".transforms.functional",
-        ".ops",
-        ".ops.misc",
-        ".datasets",
-        ".models",
-        ".models.feature_extraction",
-        ".transforms.v2",
-    ):
-        monkeypatch.setitem(sys.modules, f"torchvision{name}", Stub(f"torchvision{name}"))
+def test_timm_takes_the_encoder():
     try:
-        import timm
+        timm = import_timm()
     except ImportError as problem:
         pytest.skip(f"no timm here ({problem}); pip install --no-deps timm")
     torch.manual_seed(0)
