@@ -196,7 +196,7 @@ class TextDecoder(nn.Module):
         return [block.cross.kv(features).chunk(2, dim=-1) for block in self.blocks]
 
     def hidden(self, kv, tokens, mask, valid, rows=None, caches=None, first=0):
-        """Outputs of the last block for the real tokens [B,T,D], zeros at pads; arguments as in forward and next_word."""
+        """Outputs of the last block for the real tokens [B,T,D], zeros at pads; the arguments of forward and next_word."""
         pack = Pack(valid, rows)
         x = pack.unpad(self.embed(tokens.masked_fill(mask, self.mask_id)) + self.positions[first:first + pack.T])
         seen = valid[:, None, None, :]                                                          # [B,1,1,T] keys
@@ -287,22 +287,8 @@ def flops(config, images, tokens, predicted):
     return 6 * (images * encoder + tokens * decoder + predicted * width * config.vocab_size)
 
 
-def flops(config, images, tokens, predicted):
-    """Useful FLOPs of a training step, a multiplication and an addition being two; three times those of a forward pass.
-
-    images: how many; tokens: real ones; predicted: tokens with a loss. No pads and no logits that nobody asked for;
-    self-attention among texts, under a percent, is left out.
-    """
-    width, depth, _, patch = SIZES[config.size]
-    patches, block = (config.image_size // patch) ** 2, 12 * width ** 2
-    encoder = patches * (3 * patch ** 2 * width + depth * (block + 2 * patches * width))
-    keys_and_values = patches * depth // 2 * 2 * width ** 2
-    decoder = depth // 2 * (block + 2 * width ** 2 + 2 * patches * width)
-    return 6 * (images * (encoder + keys_and_values) + tokens * decoder + predicted * width * config.vocab_size)
-
-
 def main():
-    print("model   encoder M  decoder M  GFLOP of a training step: 1 image of 224 px, 16 tokens, 12 masked, GPT-2's words")
+    print("model   encoder M  decoder M  GFLOP to train on an image of 224 px, 12 of 16 tokens masked, GPT-2's words")
     for size in SIZES:
         with torch.device("meta"):
             model = Captioner(Config(size, image_size=224))

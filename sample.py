@@ -269,7 +269,7 @@ def watch(model, tokenizer, states, budget):
     decoder, maps, chances, rows, looks, kept = model.decoder, [], [], [], [], [next(states)]
 
     def look(cross, inputs, _):
-        x, (k, _), pack = inputs
+        x, (k, _), _, pack = inputs
         q, k = (y.unflatten(-1, (cross.heads, -1)).transpose(1, 2) for y in (pack.pad(cross.q(x)), k))
         maps.append((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[0].mean(0))         # [T,N]; "ar": [1,N]
 

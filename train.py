@@ -69,7 +69,7 @@ OBJECTIVES = {"mdc": "masked diffusion captioning", "ar": "autoregressive captio
 MAY_CHANGE = {"data_dir", "out", "fresh", "device", "compile", "workers", "micro_batch", "save_every", "eval_every",
               "log_every", "bench"}
 EVAL_BATCH, EVAL_BATCHES, SHOWN = 128, 8, 8
-INPUTS = ("images", "tokens", "mask", "valid", "rows", "where")                   # of Captioner.forward
+INPUTS = ("images", "tokens", "mask", "valid", "rows", "where", "targets")        # of Captioner.forward
 # Dense bfloat16 FLOP/s of the data sheets, by the whole name of the card: a guess would make MFU a lie.
 PEAKS = {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
          "NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12}
@@ -186,12 +186,6 @@ def keep_memory():
         mallopt(-1, -1)                                           # M_TRIM_THRESHOLD: what is free at the end stays
 
 
-def compile_blocks(model):
-    """torch.compile the transformer blocks in place: one graph for all layers of the encoder, one of the decoder."""
-    for block in [*model.encoder.blocks, *model.decoder.blocks]:
-        block.compile()
-
-
 def get_lr(step, peak, warmup, steps):
     """Learning rate of a step: linear warm-up to `peak`, then a cosine to 0 at `steps`."""
     if step < warmup:
@@ -266,9 +260,8 @@ def evaluate(model, batches, device, autocast, rank, world):
                 continue
             features, shift = model.encode(batch["images"]), random_stream(rank + number * world, EXCHANGE, 0)
             exchanged = features.roll(1 + int(shift.integers(B - 1)), 0)
-            logits = (model.decoder(model.decoder.read(f), *(batch[name] for name in INPUTS[1:]))
-                      for f in (features, exchanged))
-            losses = [diffusion.cross_entropy(x, batch["targets"]).cpu().double() for x in logits]
+            losses = [model.decoder(model.decoder.read(seen), *(batch[name] for name in INPUTS[1:])).cpu().double()
+                      for seen in (features, exchanged)]
         place, weight = (batch["where"] // T * L + batch["where"] % T).cpu(), batch["weight"].cpu()
         table = [torch.zeros(B * L, dtype=torch.float64).index_copy(0, place, loss * weight) for loss in losses]
         mine.append((*(x.view(B, L) for x in table), batch["length"].cpu(), batch["ratio"].cpu(), losses[0]))
@@ -337,6 +330,7 @@ def start_from(path, model, tokenizer):
 def main():
     """Configuration, data, model, optimizer, loop, report: one after the other."""
     started = time.time()
+    keep_memory()
     args, preset = parse_args()
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -399,7 +393,7 @@ def main():
         counts = torch.from_numpy(np.bincount(words, minlength=config.vocab_size) + 1)
         model.decoder.head.bias.data = (counts / counts.sum()).log().float()
     model.to(device)
-    groups = [[p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
+    groups = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == matrix] for matrix in (True, False)]
     optimizer = torch.optim.AdamW([{"params": params, "weight_decay": decay} for params, decay in
                                    zip(groups, (args.weight_decay, 0.0), strict=True)],
                                   lr=args.lr, betas=(0.9, 0.98), fused=device.type != "mps")
@@ -409,8 +403,9 @@ def main():
     counts = [sum(p.numel() for p in part) / 1e6 for part in (model.encoder.parameters(), model.parameters(), *groups)]
     print_main("{}: {:.2f} M parameters in the encoder, {:.2f} M in all; weight decay on {:.2f} M, none on {:.2f} M; "
                "torch.compile {}".format(args.model, *counts, "on" if use_compile else "off"))
+    for block in [*model.encoder.blocks, *model.decoder.blocks] if use_compile else []:
+        block.compile()                                           # in place: one graph for all layers of a part
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    step_model = torch.compile(wrapped) if use_compile else wrapped    # for training; `model` is saved and sampled
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     # batches: everything random about them is decided in the loader, by (seed, step, place in the global batch)
@@ -495,12 +490,12 @@ def main():
             # gradients travel with the last micro-batch only; DDP wants to know before the forward pass
             with contextlib.nullcontext() if world == 1 or micro == accumulation - 1 else wrapped.no_sync():
                 with autocast:
-                    outputs = step_model(*(batch[name] for name in INPUTS))
+                    outputs = wrapped(*(batch[name] for name in INPUTS))
                 if clip:                                          # this process's part of the global batch's loss
                     gathered = [torch.cat(dist.nn.functional.all_gather(side)) for side in outputs] if world > 1 else ()
                     loss = diffusion.contrastive_loss(*outputs, *gathered, first=rank * len(outputs[0]))
                 else:
-                    loss = (diffusion.cross_entropy(outputs, batch["targets"]) * batch["weight"]).sum()
+                    loss = (outputs * batch["weight"]).sum()
                 (loss * world).backward()                         # DDP takes the mean over processes, we want the sum
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
