@@ -387,13 +387,11 @@ def main():
     names = [shards.key(i) for i in range(len(shards))[:args.count]] if shards else [
         str(file) for path in map(Path, args.images) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
         if file == path or file.suffix.lower().lstrip(".") in data.IMAGE_TYPES][:args.count]
-    missing = [file for file in args.images if not os.path.exists(file)]
     for wrong, message in (
             (not args.ckpt, "--ckpt is missing: a checkpoint of train.py, say out/shapes-tiny-mdc/ckpt.pt"),
             (bool(args.dataset) == bool(args.images) or (args.score and not captions), "expected either images or "
              "--dataset, for example: python sample.py --ckpt FILE photo.jpg; and with --score captions"),
-            (missing, f"{', '.join(missing)}: no such file; expected images (jpg, png, webp) or folders of them"),
-            (not names, f"{args.dataset or ', '.join(args.images)}: no images there"),
+            (not names, f"{args.dataset or ', '.join(args.images)}: no jpg, png or webp images there"),
             (args.metrics and not args.dataset, "--metrics needs captions to compare with: --dataset NAME --split val"),
             (args.html and args.score, "--html shows captions being written: leave out --score"),
             (args.html and (os.path.isdir(args.html) or not Path(args.html).parent.is_dir()),
@@ -408,6 +406,8 @@ def main():
         except BadSample as reason:
             raise UserError(f"{names[i]}: {reason}") from None
 
+    # read before anything is captioned, so that a broken image costs nothing
+    pictures = [{"name": names[i], "picture": data_uri(read(i, PICTURE))} for i in range(len(names)) if args.html]
     paths, pages = list(filter(None, (args.ckpt, args.compare))), []
     for path in paths:
         model, checkpoint = load_captioner(path, args.device)
@@ -447,7 +447,6 @@ def main():
             print("words: lower case, no punctuation (our own rule); METEOR and SPICE, which need Java, are left out")
             print_metrics([cut(text.lower()) for text in made], [[*map(cut, texts)] for texts in truths])
     if args.html:
-        pictures = [{"name": name, "picture": data_uri(read(i, PICTURE))} for i, name in enumerate(names)]
         command = shlex.join(["python", *sys.argv])
         write_page("page.html", args.html, {"command": command, "images": pictures, "models": pages})
 
