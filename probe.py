@@ -74,8 +74,8 @@ def read_archive(path, split):
     extracted: links and devices are passed over, and of a name only the last folder is used."""
     try:
         with tarfile.open(path) as tar:
-            for member in tar:
-                tar.members = []                      # tarfile remembers every member it has seen; we need none
+            for member in itertools.takewhile(lambda member: member.size >= 0, tar):        # below 0 tarfile goes round
+                tar.members = []                      # it remembers every member it has seen; we need none
                 label, name = Path(member.name).parent.name, Path(member.name).name
                 if member.isreg() and label and path.suffix == ".tar" and name[0] != ".":
                     yield label, member.name, io.BytesIO(tar.extractfile(member).read(data.MAX_BYTES["jpg"]))

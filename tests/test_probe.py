@@ -149,7 +149,11 @@ def test_a_hostile_tar_does_no_harm(pets):
     assert [label for label, _ in squares(probe.open_labelled(pets, "set", "train"))] == ["dog", "ant"]
     assert not outside.exists()
     whole = path.read_bytes()
-    for damaged in (whole[:700], whole[:1536], b"\xff" * 2000, whole[:3072] + b"x" * 512 + whole[3584:]):
+    backwards = bytearray(whole)  # a member of -512 bytes, which sends tarfile to the same member for ever
+    backwards[2048 + 124 : 2048 + 136] = (-512).to_bytes(12, "big", signed=True)
+    backwards[2048 + 148 : 2048 + 156] = b" " * 8
+    backwards[2048 + 148 : 2048 + 156] = b"%06o\0 " % sum(backwards[2048:2560])
+    for damaged in (whole[:700], whole[:1536], b"\xff" * 2000, whole[:3072] + b"x" * 512 + whole[3584:], backwards):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="set-train.tar"):
             squares(probe.open_labelled(pets, "set", "train"))
