@@ -55,7 +55,7 @@ def main():
     classes = int(y.max()) + 1
     ours, *our_times = seconds(lambda: probe.fit_logistic(x, y, classes, probe.STRENGTHS))
     our_accuracy = np.array([probe.figures_of(w, test, answers)["top1"] for w in ours])
-    print(f"{x.shape[0]:,} x {x.shape[1]}, {classes} classes: ours {our_times[0]:.1f} s ({our_times[1]:.1f} of processor)")
+    print(f"{len(x):,} x {x.shape[1]}, {classes} classes: ours {our_times[0]:.1f} s ({our_times[1]:.1f} of processor)")
     print(f"{'C':>10}{'ours %':>10}{'theirs %':>10}{'their s':>10}{'steps':>8}")
     times, accuracy = np.zeros(2), []
     for C, own in zip(probe.STRENGTHS, our_accuracy, strict=True):
