@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 FORMAT = 2                                            # of the shards; raised when a reader of the old one would misread
@@ -184,16 +184,21 @@ def draw_shapes(seed, pixels):
     size, form = list(FORM_SIZES)[rng.integers(2)], FORMS[rng.integers(len(FORMS))]
     colour, background = rng.permutation(list(COLOURS))[:2]
     column, row = rng.integers(3, size=2)
-    radius = FORM_SIZES[size] * rng.uniform(0.95, 1.05)
-    x, y = (np.array([column, row]) + 0.5) / 3 + rng.uniform(-0.02, 0.02, 2)
-    grid = (np.arange(3 * pixels) + 0.5) / (3 * pixels)           # drawn three times as large, then averaged
-    u, v = (grid - x) / radius, (grid[:, None] - y) / radius
-    far, near = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
-    inside = {"circle": u * u + v * v < 1, "square": far < 0.85, "cross": (far < 1) & (near < 1 / 3),
-              "triangle": (v < 0.6) & (abs(u) * 3 ** 0.5 < v + 1.2)}[form]
-    share = inside.reshape(pixels, 3, pixels, 3, 1).mean((1, 3))
-    pale = 255 - (255 - np.array(COLOURS[background])) * 2 // 5
-    picture = share * COLOURS[colour] + (1 - share) * pale + rng.normal(0, 4, (pixels, pixels, 3))
+    scale = 3 * pixels                                # drawn three times as large, then averaged
+    r = scale * FORM_SIZES[size] * rng.uniform(0.95, 1.05)
+    x, y = scale * ((np.array([column, row]) + 0.5) / 3 + rng.uniform(-0.02, 0.02, 2))
+    image = Image.new("RGB", (scale, scale), tuple(255 - (255 - c) * 2 // 5 for c in COLOURS[background]))
+    draw, fill = ImageDraw.Draw(image), COLOURS[colour]
+    if form == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill)
+    elif form == "cross":
+        draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill)
+        draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill)
+    else:
+        corners = 4 if form == "square" else 3
+        angle = 2 * np.pi * np.arange(corners) / corners - np.pi / (4 if form == "square" else 2)
+        draw.polygon([*zip(x + 1.2 * r * np.cos(angle), y + 1.2 * r * np.sin(angle), strict=True)], fill)
+    picture = np.asarray(image.resize((pixels, pixels), Image.Resampling.BOX)) + rng.normal(0, 4, (pixels, pixels, 3))
     caption = f"a {size} {colour} {form} at the {ROWS[row]} {COLUMNS[column]} of a {background} background"
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), caption
 

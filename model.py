@@ -196,7 +196,7 @@ class TextDecoder(nn.Module):
         return [block.cross.kv(features).chunk(2, dim=-1) for block in self.blocks]
 
     def hidden(self, kv, tokens, mask, valid, rows=None, caches=None, first=0):
-        """Outputs of the last block for the real tokens [B,T,D], zeros at pads; the arguments of forward and next_word."""
+        """Outputs of the last block for the real tokens [B,T,D], zeros at pads; arguments: forward's, next_word's."""
         pack = Pack(valid, rows)
         x = pack.unpad(self.embed(tokens.masked_fill(mask, self.mask_id)) + self.positions[first:first + pack.T])
         seen = valid[:, None, None, :]                                                          # [B,1,1,T] keys

@@ -90,8 +90,14 @@ def caption_images(model, images, lengths, steps=None, order="confidence", tempe
     if given is not None:                             # with pads="eos" the pads are given as well
         tokens[:, :len(given[0])] = given[0].to(device)
         mask = F.pad(given[1], (0, valid.shape[1] - len(given[1]))).to(device).expand_as(valid)
-    yield from diffusion.denoise(lambda tokens, mask, where: decoder(kv, tokens, mask, valid, rows, where),
-                                 tokens, mask, steps, order, temperature, generator)
+
+    def predict(tokens, mask, where):
+        logits = decoder(kv, tokens, mask, valid, rows, where)
+        if given is not None:                         # a blank is a word: no end before the words that are given
+            logits[:, model.config.eos] = -torch.inf
+        return logits
+
+    yield from diffusion.denoise(predict, tokens, mask, steps, order, temperature, generator)
 
 
 def captions_of(model, images, lengths, tokenizer):

@@ -97,12 +97,12 @@ def look_at(model, tokenizer, budget=1 << 20, **options):
 @pytest.mark.parametrize("objective", ["mdc", "ar"])
 def test_the_page_says_where_the_model_looks_and_what_it_thinks(objective):
     model, tokenizer, _ = make_model(objective)
+    keys = torch.zeros(2, 1, 16, 128)
     for number, block in enumerate(model.decoder.blocks):  # layer k looks at patch 3 + k whatever it reads
-        keys = torch.zeros(1, 16, 128)
-        keys[:, 3 + number] = 100.0
+        keys[number, :, 3 + number] = 100.0
         torch.nn.init.zeros_(block.cross.q.weight)
         torch.nn.init.ones_(block.cross.q.bias)
-        block.cross.read = lambda features, keys=keys: (keys, torch.zeros_like(keys))
+    model.decoder.read = lambda features: [(key, torch.zeros_like(key)) for key in keys]
     kept, note, rows, maps = look_at(model, tokenizer)
     plain = list(sample.caption_images(model, torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.tensor([5])))
     assert all(torch.equal(a, b) for one, two in zip(kept, plain, strict=True) for a, b in zip(one, two, strict=True))

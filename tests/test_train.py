@@ -155,7 +155,7 @@ def test_the_number_of_processes_changes_nothing(shapes, tmp_path, script, monke
     (tmp_path / "every.py").write_text(EVERY_OBJECTIVE)
     options = ("--data-dir", shapes, *TINY, "--steps", 20)
     for world in (1, 2, 4):
-        launch = ("-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=29511")
+        launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}")
         script(tmp_path / "every.py", tmp_path / str(world), *options, launch=launch)
     for objective in train.OBJECTIVES:
         one = tmp_path / "1" / objective
@@ -193,15 +193,15 @@ def test_a_killed_worker_is_restarted_and_a_signal_to_one_process_stops_both_aft
     first_time = f"os.environ['RANK'] == '1' and not os.path.exists('{once}')"
     what = f"{first_time} and [open('{once}', 'w'), os.kill(os.getpid(), 9)]"
     options = ("--data-dir", shapes, *TINY, "--steps", 6, "--save-every", 2, "--out", out)
-    run = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3", "--master_port=29512")
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     (tmp_path / "killed.py").write_text("import sys; sys.argv.insert(0, '')\n" + hurt(4, what)[1])
-    said = script(tmp_path / "killed.py", *options, launch=run).stdout
+    said = script(tmp_path / "killed.py", *options, launch=(*run, "--max-restarts=3")).stdout
     assert once.exists() and "at step 4" in said
     torch.testing.assert_close(losses(out), losses(finished[0]), atol=1e-5, rtol=0)
     (tmp_path / "stopped.py").write_text(
         "import sys; sys.argv.insert(0, '')\n" + hurt(3, "os.environ['RANK'] == '1' and os.kill(os.getpid(), 15)")[1]
     )
-    said = script(tmp_path / "stopped.py", *options, "--fresh", launch=run[:3] + run[4:], expect=1).stdout
+    said = script(tmp_path / "stopped.py", *options, "--fresh", launch=run, expect=1).stdout
     assert "stopped after step 4" in said and torch.load(out / "ckpt.pt", weights_only=True)["step"] == 4
 
 
