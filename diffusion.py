@@ -18,6 +18,7 @@ parallel decoding is t = 1, autoregression shifts the caption by one, and CLIP h
 
 Shape letters are model.py's: B captions, T positions, K positions with a loss, V vocabulary.
 """
+import functools
 import math
 
 import torch
@@ -44,20 +45,23 @@ SCHEDULES = {schedule.__name__: schedule for schedule in (linear, cosine, geomet
 
 
 def weight(t, alpha=linear):
-    """Weight -alpha'_t / (1 - alpha_t) of a masked token's cross-entropy at times t [...]; linear schedule: 1/t."""
-    with torch.enable_grad():
-        t = t.detach().double().requires_grad_()
-        kept = alpha(t)
-        slope, = torch.autograd.grad(kept.sum(), t)
-    return (-slope / (1 - kept)).detach()
+    """Weight -alpha'_t / (1 - alpha_t) of a masked token's cross-entropy at times t [...]; linear schedule: 1/t.
+
+    The slope by a complex step, alpha(t + ih) = alpha_t + ih alpha'_t, exact for a tiny h (Squire & Trapp 1998): a
+    backward pass would need autograd's threads, which do not survive the fork of a loader's worker.
+    """
+    kept = alpha(torch.complex(t.double(), torch.full_like(t, 1e-30, dtype=torch.float64)))
+    return -kept.imag / 1e-30 / (1 - kept.real)
 
 
+@functools.cache
 def time_of(ratio, alpha=linear):
     """The time at which the expected share of masked tokens, 1 - alpha_t, is `ratio`, by bisection; a float."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if 1 - float(alpha(torch.tensor(middle).double())) < ratio else (low, middle)
+        masked = 1 - float(alpha(torch.tensor(middle, dtype=torch.float64)))
+        low, high = (middle, high) if masked < ratio else (low, middle)
     return high
 
 
@@ -215,11 +219,11 @@ def count_law(length, ratios=(0.0, 1.0)):
     For times uniform in [a, b], integrating 1/t times the binomial law of l gives the states with l masks the weight
     (P(Bin(L,a) < l) - P(Bin(L,b) < l)) / ((b - a) l). Times l/L that is a law; for [0, 1] it is uniform (LLaDA).
     """
-    a, b = min(ratios[0], ratios[1] - 1e-4), ratios[1]                  # one fixed ratio: a narrow range around it
+    a, b = max(0.0, min(ratios[0], ratios[1] - 1e-4)), ratios[1]        # one fixed ratio: a narrow range below it
     ways = torch.tensor([math.comb(length, k) for k in range(length)], dtype=torch.float64)
     k = torch.arange(length, dtype=torch.float64)
     below = [(ways * t ** k * (1 - t) ** (length - k)).cumsum(0) for t in (a, b)]
-    return (below[0] - below[1]) / ((b - a) * length)
+    return ((below[0] - below[1]) / ((b - a) * length)).clamp(min=0)                # a difference of -1e-14 is rounding
 
 
 def scoring_masks(rule, length, noise=None, u=0.0, ratios=(0.0, 1.0)):
@@ -269,14 +273,14 @@ ORDERS = ("confidence", "random", "left-to-right", "ancestral")
 def draw_tokens(logits, temperature=0.0, generator=None):
     """One token for each row of logits [K,V]: the likeliest (temperature 0) or a draw from softmax(logits/temperature).
 
-    Drawn as argmax(logits/temperature + Gumbel noise) in float64: float32 cannot represent the large noise values that
+    Drawn as argmax(logits + temperature * Gumbel noise) in float64: float32 cannot represent the large noise values that
     rare tokens need, which silently lowers the temperature (Zheng et al. 2024). Returns tokens [K] and their
     *unperturbed* probabilities [K], by which LLaDA ranks positions.
     """
     logits = logits.float()
     if temperature > 0:
         uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator)
-        noisy = logits.cpu().double() / temperature - torch.log(-torch.log(uniform))
+        noisy = logits.cpu().double() - temperature * torch.log(-torch.log(uniform))
         tokens = noisy.argmax(dim=-1).to(logits.device)
     else:
         tokens = logits.argmax(dim=-1)

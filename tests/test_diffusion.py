@@ -44,6 +44,18 @@ def test_a_ratio_is_a_ratio_in_every_schedule(name):
         t = torch.tensor(diffusion.time_of(ratio, alpha), dtype=torch.float64)
         assert 1 - alpha(t).item() == pytest.approx(ratio, abs=1.1e-5)
     assert diffusion.time_of(1.0, alpha) == pytest.approx(1.0)
+    exact = {"linear": 0.3, "cosine": 1 - 2 / math.pi * math.acos(0.3)}
+    if name in exact:
+        assert diffusion.time_of(0.3, alpha) == pytest.approx(exact[name], abs=1e-12)
+
+
+@pytest.mark.parametrize("name", diffusion.SCHEDULES)
+def test_weights_are_finite_and_need_no_backward_pass(name):
+    """Loader workers compute them; one forked after a backward pass on CUDA can run none, as here."""
+    alpha = diffusion.SCHEDULES[name]
+    with torch.inference_mode():
+        weight = diffusion.weight(torch.tensor([1e-9, 1e-6, 0.5, 1.0]), alpha)
+    assert weight.dtype == torch.float64 and weight.isfinite().all() and (weight >= 0).all()
 
 
 @pytest.mark.parametrize("w", [0.0, 0.5])
@@ -76,6 +88,17 @@ def test_law_of_the_number_of_masks_at_one_fixed_ratio():
     binomial = torch.tensor([math.comb(6, k) * 0.4**k * 0.6 ** (6 - k) * k / (6 * 0.4) for k in range(1, 7)])
     torch.testing.assert_close(law.float(), binomial, atol=1e-3, rtol=0)
     assert diffusion.count_law(6, (1.0, 1.0))[-1] > 0.999
+
+
+@pytest.mark.parametrize("length", [1, 128, 1000])
+@pytest.mark.parametrize("ratios", [(0.0, 1.0), (0.5, 1.0), (0.15, 0.15), (1e-6, 1e-6), (1.0, 1.0)])
+def test_law_of_the_number_of_masks_is_one_for_long_captions_too(length, ratios):
+    law = diffusion.count_law(length, ratios)
+    assert law.min() >= 0 and law.sum().item() == pytest.approx(1, abs=1e-6)
+    low, high = max(0.0, min(ratios[0], ratios[1] - 1e-4)), ratios[1]  # the mean of 1/l tells laws apart
+    t = low + (high - low) * (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    expected = ((1 - (1 - t) ** length) / t / length).mean().item()
+    assert float((law / torch.arange(1, length + 1)).sum()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_times_are_stratified_and_never_zero():
@@ -203,6 +226,12 @@ def test_temperature_one_draws_from_the_softmax():
     chi2 = ((drawn.bincount(minlength=4) - 40_000 * expected) ** 2 / (40_000 * expected)).sum()
     assert chi2 < 16.3, "0.1 % of three degrees of freedom"
     torch.testing.assert_close(probability, expected[drawn])
+
+
+def test_a_temperature_near_zero_is_greedy():
+    logits = torch.tensor([[-3.0, -1.0, -2.0], [5.0, 4.0, -9.0]])
+    drawn, _ = diffusion.draw_tokens(logits, 1e-310, torch.Generator().manual_seed(0))
+    assert drawn.tolist() == [1, 0]
 
 
 def test_random_order_is_one_position_at_a_time_in_any_order():

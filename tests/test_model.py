@@ -165,9 +165,10 @@ def test_losses_without_float32_logits_are_cross_entropy(model, batch):
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
+        losses = diffusion.cross_entropy(model(**batch, where=where), targets)
         rounded = model(**batch, where=where, targets=targets)
     assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, losses, atol=0.1, rtol=0.02)
+    torch.testing.assert_close(rounded, losses, atol=0.2, rtol=0.01)       # logits of about 20, 8 bits each
 
 
 def test_a_batch_without_masked_words_trains_nothing_but_breaks_nothing(batch):
