@@ -338,7 +338,9 @@ def main():
     args.dtype, out = str(dtype).removeprefix("torch."), Path(args.out)
     cuda, clip = device.type == "cuda", args.objective == "clip"
     if world > 1:                                                 # gloo too: what is said about steps needs no GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        store, *_ = next(dist.rendezvous("env://"))               # after a restart it still has the dead's addresses
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     out.mkdir(parents=True, exist_ok=True)

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from bench import import_timm
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
-from bench import import_timm
 from model import SIZES, Captioner, Config, attend, flops
 from sample import caption_images, score_captions
 
