@@ -175,8 +175,8 @@ def draw_shapes(seed, pixels):
     colour, background = rng.permutation(list(COLOURS))[:2]
     column, row = rng.integers(3, size=2)
     radius = FORM_SIZES[size] * rng.uniform(0.95, 1.05)
-    x, y = ((np.array([column, row]) + 0.5) / 3 + rng.uniform(-0.02, 0.02, 2)).tolist()
-    grid = (np.arange(3 * pixels, dtype=np.float32) + 0.5) / (3 * pixels)         # drawn three times as large, then averaged
+    x, y = (np.array([column, row]) + 0.5) / 3 + rng.uniform(-0.02, 0.02, 2)
+    grid = (np.arange(3 * pixels) + 0.5) / (3 * pixels)           # drawn three times as large, then averaged
     u, v = (grid - x) / radius, (grid[:, None] - y) / radius
     far, near = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
     inside = {"circle": u * u + v * v < 1, "square": far < 0.85, "cross": (far < 1) & (near < 1 / 3),
