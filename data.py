@@ -436,6 +436,8 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, caption
         units = find_units(dataset, split, source, captions)
         meta_file.unlink(missing_ok=True)
         bar = {"total": len(units), "unit": "shard", "dynamic_ncols": True}
+        if not tokenizer.startswith("words:"):
+            load_tokenizer(plan["tokenizer"])         # forked workers inherit it
         try:
             with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
                 if tokenizer.startswith("words:") and split == "train":

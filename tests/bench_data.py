@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 
-WORKERS, ROUNDS, BATCH, SIDE, SCALE, COUNT, TARS = 2, 5, 64, 224, 0.5, 1024, 4
+WORKERS, ROUNDS, BATCH, SIDE, SCALE, COUNT, TARS = 2, 5, 64, 224, 0.5, 2048, 2
 TOKENIZER = "gpt2" if "TIKTOKEN_CACHE_DIR" in os.environ else "words:500"
 
 
