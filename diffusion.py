@@ -273,8 +273,8 @@ ORDERS = ("confidence", "random", "left-to-right", "ancestral")
 def draw_tokens(logits, temperature=0.0, generator=None):
     """One token for each row of logits [K,V]: the likeliest (temperature 0) or a draw from softmax(logits/temperature).
 
-    Drawn as argmax(logits + temperature * Gumbel noise) in float64: float32 cannot represent the large noise values that
-    rare tokens need, which silently lowers the temperature (Zheng et al. 2024). Returns tokens [K] and their
+    Drawn as argmax(logits + temperature * Gumbel noise) in float64: float32 cannot represent the large noise values
+    that rare tokens need, which silently lowers the temperature (Zheng et al. 2024). Returns tokens [K] and their
     *unperturbed* probabilities [K], by which LLaDA ranks positions.
     """
     logits = logits.float()

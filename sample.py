@@ -330,14 +330,14 @@ def show_example(batch, tokenizer, objective):
 
 def contact_sheet(images, texts, path, columns=4, side=180):
     """Draw images [n,S,S,3] uint8 in a grid over their lines of text; texts: for each a list of (line, colour)."""
-    gap, height = 14, side + 140
+    gap, height = 14, side + 180
     sheet = Image.new("RGB", (columns * (side + gap) + gap, -(-len(images) // columns) * height + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
         x, y = gap + i % columns * (side + gap), gap + i // columns * height
         sheet.paste(Image.fromarray(np.asarray(image)).resize((side, side), Image.Resampling.BICUBIC), (x, y))
         for number, (text, colour) in enumerate(lines):
-            draw.text((x, y + side + 6 + 64 * number), textwrap.fill(text, side // 8, max_lines=3), colour, font)
+            draw.text((x, y + side + 6 + 82 * number), textwrap.fill(text, side // 8, max_lines=4), colour, font)
     sheet.save(path)
 
 

@@ -194,7 +194,7 @@ def bench_step(size, args):
     side, batch_size, compiled = STEPS[size]
     compiled = {"auto": compiled or DEVICE.type == "cuda", "on": True, "off": False}[args.compile]
     batch_size, names = args.batch_size or batch_size, ["ours", *([] if args.alone else ["P1", "P2"])]
-    config, pipes = Config(size, side, 50257, MAX_TOKENS), {}
+    config, pipes, workers = Config(size, side, 50257, MAX_TOKENS), {}, []
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         make_shards(folder)
@@ -203,7 +203,8 @@ def bench_step(size, args):
         for name in names:
             pipes[name], far = context.Pipe()
             arguments = far, name, config, batch_size, folder, compiled
-            context.Process(target=contest, args=arguments, daemon=True).start()
+            workers.append(context.Process(target=contest, args=arguments, daemon=True))
+            workers[-1].start()
         seconds, rates, begun = {name: [] for name in names}, [], None
         for turn in range(10 ** 9):
             for name, pipe in pipes.items():
@@ -213,7 +214,8 @@ def bench_step(size, args):
             begun = begun or turn + 1 == WARM and time.time()
             if begun and time.time() - begun > args.minutes * 60 and turn + 1 - WARM >= POOL:
                 break
-    figures = {"batch": batch_size, "compiled": compiled, "turns": turn + 1 - WARM, "matrix_tflops": statistics.median(rates) / 1e12}
+    figures = {"batch": batch_size, "compiled": compiled, "turns": turn + 1 - WARM}
+    figures["matrix_tflops"] = statistics.median(rates) / 1e12
     shares = [work[k % POOL] / t / rate for k, (t, rate) in enumerate(zip(seconds["ours"], rates, strict=True))]
     figures["share"] = statistics.median(shares[WARM:])
     for name, pipe in pipes.items():
@@ -224,6 +226,8 @@ def bench_step(size, args):
         if name != "ours":
             ratios = [theirs / mine for theirs, mine in zip(times, seconds["ours"], strict=True)]
             figures[f"ours/{name}"] = statistics.median(ratios[WARM:])
+    for worker in workers:
+        worker.join()
     return figures
 
 
@@ -259,17 +263,18 @@ def bench_sampling(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", default=[*STEPS, "sampling"], help="default: " + " ".join([*STEPS, "sampling"]))
+    rows = [*STEPS, "sampling"]
+    parser.add_argument("rows", nargs="*", default=rows, help="default: " + " ".join(rows))
     parser.add_argument("--minutes", type=float, default=1.0, help="for the turns of a row (default: 1)")
     parser.add_argument("--batch-size", type=int, metavar="B", help="of every contestant (default: by row)")
     parser.add_argument("--alone", action="store_true", help="leave the peers out")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="our blocks (default: where it "
-                        "pays)")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="default: where it pays")
     args = parser.parse_args()
     for name in args.rows:
         figures = bench_sampling(args) if name == "sampling" else bench_step(name, args)
         print(f"{name:10}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
-        print(json.dumps({"row": name, "threads": torch.get_num_threads(), "device": str(DEVICE)} | figures), flush=True)
+        machine = {"threads": torch.get_num_threads(), "device": str(DEVICE)}
+        print(json.dumps({"row": name} | machine | figures), flush=True)
 
 
 if __name__ == "__main__":

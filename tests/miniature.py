@@ -19,9 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-import probe  # noqa: E402
 import sample  # noqa: E402
-from model import Captioner  # noqa: E402
 
 OUT = ROOT / "out" / "miniature"
 STEPS = 900  # fewer than the preset's: at its end, the best would be at 97 to 100 % of everything
@@ -42,12 +40,12 @@ def runs():
                 yield f"{objective}@{pairs}-{seed}", ["--objective", objective, "--pairs", pairs, "--seed", seed]
 
 
-def probe_encoder(model, seed):
-    """Top-1 accuracy in percent by attribute of a linear probe on the mean patch features."""
-    side = model.config.image_size
-    (images, tasks), (test, answers) = (probe.read_shapes("data", *w) for w in (("train", side, LABELS), ("val", side)))
-    train, test = (probe.compute_features(model, x, "cpu") for x in (images, test))
-    return {t: 100 * probe.linear_probe(train, tasks[t], test, answers[t], seed)["top1"] for t in tasks}
+def probe_encoder(ckpt):
+    """Top-1 accuracy in percent by attribute of linear probes: ({task: trained}, {task: at random initialization})."""
+    words = ["probe.py", "--ckpt", str(ckpt), "--dataset", "shapes", "--limit", str(LABELS)]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    found = json.loads((ckpt.parent / "probe.jsonl").read_text().splitlines()[-1])["results"]
+    return [{task: 100 * found[task][who]["top1"] for task in found} for who in ("trained", "random")]
 
 
 def nats_a_token(model, checkpoint):
@@ -69,10 +67,9 @@ def measure(name, options):
     model, checkpoint = sample.load_captioner(OUT / name / "ckpt.pt")
     final = json.loads((OUT / name / "final.json").read_text())
     nats = None if model.config.objective == "clip" else nats_a_token(model, checkpoint)
+    trained, floor = probe_encoder(OUT / name / "ckpt.pt")
     row = {"name": name, "nats": nats, "exact": final.get("exact"), "minutes": final["minutes"]}
-    torch.manual_seed(checkpoint["options"]["seed"])
-    floor = probe_encoder(Captioner(model.config).eval(), 0) if name.startswith("mdc-") else None
-    return row | {"probe": probe_encoder(model, 0), "random": floor, "machine": final["machine"]}
+    return row | {"probe": trained, "random": floor, "machine": final["machine"]}
 
 
 def spread(values, digits=1, scale=1):
