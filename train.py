@@ -351,7 +351,8 @@ def main():
                + ", ".join(f"{name} {getattr(args, name)}" for name in preset))
     for split in ("train", "val") if args.dataset == "shapes" else ():
         if not (Path(args.data_dir) / "shapes" / split / "meta.json").exists():
-            print_main(f"drawing the embedded data set, split {split}, into {args.data_dir}/shapes (once)")
+            what = "waiting for the first process, which draws" if rank else "drawing"
+            print(f"{what} the embedded data set, split {split}, into {args.data_dir}/shapes (once)", flush=True)
             prepare("shapes", split, args.data_dir, image_size=args.image_size, tokenizer=args.tokenizer)
     train, val = (open_split(args.data_dir, args.dataset, split) for split in ("train", "val"))
     for made in (train.meta, val.meta):
