@@ -51,7 +51,7 @@ RECORD = np.dtype([("key", "S48"), ("shard", "<i4"), ("start", "<i8"), ("image_b
                    ("width", "<i4"), ("height", "<i4"), ("held_out", "|b1")])   # the size is that of the source
 HELD_OUT, HELD_OUT_MOST = 0.005, 10_000
 UNIT_SAMPLES = 2048                                   # in a shard of anything but tars; a tar becomes one shard
-MAX_PIXELS, MAX_RATIO, MIN_SIDE, PPM_SIDE = 50_000_000, 10, 8, 64
+MAX_PIXELS, MAX_RATIO, MIN_SIDE, PPM_SIDE, LEAST_STORED = 50_000_000, 10, 8, 64, 64
 IMAGE_TYPES, TEXT_TYPES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 1 << 25) | dict.fromkeys(TEXT_TYPES, 1 << 20)    # larger files are not read
 
@@ -65,13 +65,16 @@ class BadSample(Exception):
 
 
 def run(main):
-    """Call a script's main(). UserErrors and unusable files become one line and status 2; bugs keep their traceback."""
+    """Call a script's main(). UserErrors, unusable files and a GPU that is too small become one line and status 2; bugs
+    keep their traceback."""
     try:
         main()
-    except (UserError, OSError) as problem:
+    except (UserError, OSError, torch.OutOfMemoryError) as problem:
         if isinstance(problem, OSError) and not problem.filename and problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         words = str(problem).split("UserError: ")[-1].strip()       # loader processes send theirs with a traceback
+        if isinstance(problem, torch.OutOfMemoryError):
+            words = f"{words.splitlines()[0][:120]}: try a smaller --micro-batch (of train.py) or --batch-size"
         sys.stderr.write(f"error: {words}\n")
         sys.exit(2)
 
@@ -418,7 +421,7 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, caption
     folder.mkdir(parents=True, exist_ok=True)
     meta_file, samples_file = folder / "meta.json", folder / "samples.bin"
     plan = {"format": FORMAT, "image_size": image_size, "caption_key": caption_key, "tokenizer": {"name": tokenizer},
-            "stored_side": image_size if dataset == "shapes" else round(image_size * 8 / 7),
+            "stored_side": image_size if dataset == "shapes" else max(LEAST_STORED, round(image_size * 8 / 7)),
             "encoding": "PPM" if image_size <= PPM_SIDE else "JPEG"}
     with open(folder / ".lock", "w") as lock:         # the system drops the lock with the process, however that ends
         try:                                          # all processes of a training run ask for `shapes`: they wait

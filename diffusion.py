@@ -210,9 +210,6 @@ def recall(image, text, number):
 
 
 # ------------------------------------------------------------------------------------------------ likelihood
-RULES = ("monte-carlo", "parallel", "leave-one-out")
-
-
 def count_law(length, ratios=(0.0, 1.0)):
     """Law of the number l of masked tokens under which (L/l) sum_masked log p has the mean of the objective -> [L].
 
@@ -220,9 +217,9 @@ def count_law(length, ratios=(0.0, 1.0)):
     (P(Bin(L,a) < l) - P(Bin(L,b) < l)) / ((b - a) l). Times l/L that is a law; for [0, 1] it is uniform (LLaDA).
     """
     a, b = max(0.0, min(ratios[0], ratios[1] - 1e-4)), ratios[1]        # one fixed ratio: a narrow range below it
-    ways = torch.tensor([math.comb(length, k) for k in range(length)], dtype=torch.float64)
     k = torch.arange(length, dtype=torch.float64)
-    below = [(ways * t ** k * (1 - t) ** (length - k)).cumsum(0) for t in (a, b)]
+    ways = math.lgamma(length + 1) - torch.lgamma(k + 1) - torch.lgamma(length - k + 1)         # logarithm of (L, k)
+    below = [(ways + torch.xlogy(k, t) + torch.xlogy(length - k, 1 - t)).exp().cumsum(0) for t in (a, b)]
     return ((below[0] - below[1]) / ((b - a) * length)).clamp(min=0)                # a difference of -1e-14 is rounding
 
 

@@ -27,6 +27,7 @@ from diffusion import LinearCrossEntropy
 # name: (width, encoder depth, heads, patch size). The decoder has half the encoder's depth, as CapPa's B/16 has.
 SIZES = {
     "tiny": (128, 4, 2, 8),
+    "tiny/4": (128, 4, 2, 4),
     "S/16": (384, 12, 6, 16),
     "B/32": (768, 12, 12, 32),
     "B/16": (768, 12, 12, 16),
@@ -281,9 +282,10 @@ def flops(config, images, tokens, predicted):
     """
     width, depth, _, patch = SIZES[config.size]
     N = (config.image_size // patch) ** 2
-    block = 12 * width ** 2 + 2 * N * width                         # products with the weights; q k^T and attention v
-    encoder = N * (3 * patch ** 2 * width + depth * block + depth // 2 * 2 * width ** 2)
-    decoder = depth // 2 * (block + 2 * width ** 2)
+    block, attention = 12 * width ** 2, 2 * N * width               # products with the weights; q k^T and attention v
+    read = depth // 2 * 2 * width ** 2 * (config.objective != "clip")           # cross-attention's k, v; and q, proj
+    encoder = N * (3 * patch ** 2 * width + depth * (block + attention) + read)
+    decoder = depth // 2 * (block + attention * (config.objective != "clip")) + read
     return 6 * (images * encoder + tokens * decoder + predicted * width * config.vocab_size)
 
 

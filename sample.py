@@ -1,15 +1,14 @@
 """Caption images by iterative unmasking: start from [MASK]s only, fill in the most confident word, look again.
 
     python sample.py --ckpt out/shapes-tiny-mdc/ckpt.pt --dataset shapes --split val --count 8 --html page.html
-    python sample.py --ckpt out/flickr8k-tiny-mdc/ckpt.pt photo.jpg folder/ --trace     # every step of the way
-    python sample.py --ckpt out/flickr8k-tiny-mdc/ckpt.pt photo.jpg --prompt "a ___ dog on the ___"       # infilling
-    python sample.py --ckpt out/flickr8k-tiny-mdc/ckpt.pt --score "a dog runs" "a cat sleeps" photo.jpg   # likelihoods
+    python sample.py --ckpt out/flickr8k-tiny4-mdc/ckpt.pt photo.jpg folder/ --trace     # every step of the way
+    python sample.py --ckpt out/flickr8k-tiny4-mdc/ckpt.pt photo.jpg --prompt "a ___ dog on the ___"       # infilling
+    python sample.py --ckpt out/flickr8k-tiny4-mdc/ckpt.pt --score "a dog runs" "a cat sleeps" photo.jpg   # likelihoods
 
 An image is encoded once, then the decoder runs once a step on all captions of a batch. It is told how long a caption
 is (pads were hidden from it in training), so the length is chosen before the first word. A model of
 `train.py --objective ar` writes from left to right instead and ends by itself.
 """
-import argparse
 import base64
 import functools
 import io
@@ -243,8 +242,8 @@ def score_files(made, given):
     try:
         made, given = (json.loads(Path(file).read_text(encoding="utf-8")) for file in (made, given))
         pairs = [(made[name].split(), [text.split() for text in given[name]]) for name in sorted(made)]
-        if not pairs or not all(truths for _, truths in pairs):
-            raise ValueError("an image without a caption")
+        if not pairs or not all(given[name] and isinstance(given[name], list) for name in made):
+            raise ValueError("an image without a list of captions")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as problem:
         raise UserError(f"--score-files: {type(problem).__name__}: {problem}; expected {{image: caption}} and {{image: "
                         "[captions]}, every image of the first in the second") from None
@@ -320,8 +319,8 @@ def show_example(batch, tokenizer, objective):
     """A training caption, its tokens, and what the model is asked about it, as text."""
     tokens, mask, length = batch["tokens"][0], batch["mask"][0], int(batch["valid"][0].sum())
     tokens = tokens.roll(-1) if objective == "ar" else tokens
-    share = f"masked at t = {float(batch['ratio'][0]):.2f}; " if len(batch["ratio"]) else ""
-    fill = f"{show(tokenizer, tokens[:length], mask[:length])}   and the image ({share}a masked word weighs 1/t)"
+    ratio = f"{float(batch['ratio'][0]):.2f}" if len(batch["ratio"]) else "-"
+    fill = f"{show(tokenizer, tokens[:length], mask[:length])}   and the image (masking ratio {ratio})"
     task = {"clip": "to find the caption of each image in the batch, and vice versa",
             "ar": "each token from the image and the tokens before it"}.get(objective, fill)
     return (f"a training example:\n  caption  {decode_caption(tokenizer, tokens)}\n"
@@ -359,7 +358,7 @@ def report(model, val, seed, lengths, path):
 # ---------------------------------------------------------------------------------------------- command line
 def main():
     """Caption what the command line names, batch by batch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = data.Parser(__doc__)
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE", help="image files or folders; or use --dataset")
     add("--ckpt", metavar="FILE", help="checkpoint of train.py")

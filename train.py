@@ -9,6 +9,7 @@ Typing the same command again continues a run that was stopped, bit for bit on a
 is what counts: how it is split into processes and micro-batches changes speed and memory, not the result. OUT (default
 out/DATASET-MODEL-OBJECTIVE) gets ckpt.pt, ckpt-previous.pt, best.pt, log.jsonl, report.html and, last, samples.png.
 """
+import argparse
 import contextlib
 import ctypes
 import functools
@@ -52,12 +53,15 @@ from sample import captions_of, choose_lengths, data_uri, load_captioner, report
 # What `--dataset NAME` alone means; an explicit option wins. Values for photographs follow Cap and Cluster Masking at
 # academic scale; see "Choices made without the full text" in the README.
 PHOTOGRAPHS = {"model": "B/16", "image_size": 224, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 32.0,
-               "batch_size": 2048, "lr": 5e-4, "warmup": 2000, "weight_decay": 0.2, "crop_scale": 0.5, "t_min": 0.5}
+               "batch_size": 2048, "lr": 5e-4, "warmup": 2000, "encoder_start": 0, "weight_decay": 0.2,
+               "crop_scale": 0.5, "flip": False, "t_min": 0.5}
 PRESETS = {
     "shapes": {"model": "tiny", "image_size": 48, "tokenizer": "words:100", "max_tokens": 16, "steps": 1250,
-               "batch_size": 32, "lr": 1e-3, "warmup": 100, "weight_decay": 0.05, "crop_scale": 1.0, "t_min": 0.5},
-    "flickr8k": {"model": "tiny", "image_size": 64, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 20.0,
-                 "batch_size": 64, "lr": 1e-3, "warmup": 100, "weight_decay": 0.1, "crop_scale": 0.5, "t_min": 0.5},
+               "batch_size": 32, "lr": 1e-3, "warmup": 100, "encoder_start": 0, "weight_decay": 0.05,
+               "crop_scale": 1.0, "flip": False, "t_min": 0.5},
+    "flickr8k": {"model": "tiny/4", "image_size": 32, "tokenizer": "words:4000", "max_tokens": 32, "epochs": 64.0,
+                 "batch_size": 64, "lr": 1.5e-3, "warmup": 200, "encoder_start": 300, "weight_decay": 0.1,
+                 "crop_scale": 0.5, "flip": True, "t_min": 0.5},
     "coco": PHOTOGRAPHS | {"model": "S/16", "batch_size": 512, "lr": 1e-3, "warmup": 1000},
     "cc3m": PHOTOGRAPHS,
     "cc12m": PHOTOGRAPHS,
@@ -83,7 +87,7 @@ def parse_args(argv=None):
     add("--data-dir", default="data", metavar="DIR", help="where data.py put the shards (default: data)")
     add("--image-size", type=int, metavar="PX", help="pixels of the square that the encoder sees")
     add("--crop-scale", type=float, metavar="X", help="smallest share of the area that a crop keeps; 1: no crops")
-    add("--flip", action="store_true", help="mirror half of the images; off by default, because captions say left")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; but captions may say left")
     add("--tokenizer", metavar="NAME", help="has to be the shards'; see data.py")
     add("--max-tokens", type=int, metavar="N", help="longest caption with its EOS; longer ones are cut, EOS kept")
     add("--pairs", type=int, metavar="N", help="train on the first N images only (default: on all)")
@@ -108,6 +112,8 @@ def parse_args(argv=None):
     add("--epochs", type=float, metavar="X", help="length of the run in passes over the images")
     add("--lr", type=float, help="peak learning rate of AdamW (betas 0.9, 0.98), cosine to 0")
     add("--warmup", type=int, metavar="N", help="steps of linear warm-up; 0 turns it off")
+    add("--encoder-start", type=int, metavar="N", help="step at which the encoder's own warm-up begins; before it only "
+        "the decoder learns")
     add("--weight-decay", type=float, metavar="X", help="on tensors of two or more dimensions; 0 turns it off")
     add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm; inf turns it off (default: 1)")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks (default: 0)")
@@ -126,16 +132,19 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     preset = PRESETS.get(args.dataset, PHOTOGRAPHS)
     if args.bench:
-        args.steps, args.log_every, args.fresh = args.steps or 40, args.log_every or 10, True
+        args.steps, args.fresh = args.steps or 40, True
+        args.log_every = min(args.steps, args.log_every or 10)
     args.log_every = args.log_every or 50
     given = ("steps", "epochs") if args.steps or args.epochs else ()
+    if args.encoder_start is None and (args.init or args.objective == "clip"):
+        args.encoder_start = 0                                    # it has learnt before; no language comes first
     for name, value in preset.items():
         if getattr(args, name) is None and name not in given:
             setattr(args, name, value)
     args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
     check_least(args, image_size=1, batch_size=1, micro_batch=1, pairs=1, steps=1, save_every=1, log_every=1,
-                max_tokens=2, workers=0, warmup=0, weight_decay=0, seed=0, lr=0, clip=0, eval_every=0, epochs=1e-9,
-                t_min=0, mask_ratio=1e-9, crop_scale=1e-9)
+                max_tokens=2, workers=0, warmup=0, encoder_start=0, weight_decay=0, seed=0, lr=0, clip=0,
+                eval_every=0, epochs=1e-9, t_min=0, mask_ratio=1e-9, crop_scale=1e-9)
     if args.init and not os.path.isfile(args.init):
         raise UserError(f"--init {args.init}: no such file")
     args.ratios = {"bert": (args.mask_ratio,) * 2, "parallel": (1.0, 1.0)}.get(args.objective, (args.t_min, args.t_max))
@@ -186,11 +195,10 @@ def keep_memory():
         mallopt(-1, -1)                                           # M_TRIM_THRESHOLD: what is free at the end stays
 
 
-def get_lr(step, peak, warmup, steps):
-    """Learning rate of a step: linear warm-up to `peak`, then a cosine to 0 at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def get_lr(step, peak, warmup, steps, start=0):
+    """Learning rate of a step: 0 before `start`, linear warm-up, a cosine from `peak` at `warmup` to 0 at `steps`."""
+    rise = min(1, max(0, step + 1 - start) / max(1, warmup))
+    return peak * rise * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
 
 
 def split_batch(batch_size, world, micro_batch, contrastive=False):
@@ -199,7 +207,7 @@ def split_batch(batch_size, world, micro_batch, contrastive=False):
     Raises UserError with the numbers if the images cannot be shared out equally, or if CLIP's would be split: each of
     its captions is compared with all images of the batch.
     """
-    share = batch_size // world
+    share = max(1, batch_size // world)
     micro = min(share, micro_batch or (share if contrastive else 256))
     if batch_size % world or share % micro:
         raise UserError(f"--batch-size {batch_size} cannot be shared out equally among {world} processes in parts of "
@@ -348,7 +356,7 @@ def main():
     # data
     print_main(f"nanoMDC: {OBJECTIVES[args.objective]} on {args.dataset} -> {out}\n{reason}\npreset "
                f"{args.dataset if args.dataset in PRESETS else 'cc3m'}: "
-               + ", ".join(f"{name} {getattr(args, name)}" for name in preset))
+               + ", ".join(f"{name} {getattr(args, name)}" for name in preset if getattr(args, name) is not None))
     for split in ("train", "val") if args.dataset == "shapes" else ():
         if not (Path(args.data_dir) / "shapes" / split / "meta.json").exists():
             what = "waiting for the first process, which draws" if rank else "drawing"
@@ -363,6 +371,9 @@ def main():
                             "both splits again, data.py --fresh --tokenizer ... --image-size ...")
     train.total = min(len(train), args.pairs or len(train))
     args.steps = args.steps or max(1, round(args.epochs * len(train) / args.batch_size))
+    if args.encoder_start >= args.steps and not args.bench:
+        raise UserError(f"--encoder-start {args.encoder_start}: in {args.steps} steps the encoder would learn nothing; "
+                        "use --encoder-start 0, or a longer run")
     accumulation = split_batch(args.batch_size, world, args.micro_batch, clip)
     lengths = Counter()                                           # of the captions as they are trained on, cut
     for length, count in train.lengths.items():
@@ -375,11 +386,20 @@ def main():
     # model and optimizer
     config = Config(args.model, args.image_size, train.tokenizer.n_vocab, args.max_tokens, train.tokenizer.eot_token,
                     args.pads, args.positions, args.objective if args.objective in ("ar", "clip") else "mdc")
-    found = [find_checkpoint(args, train.digest), (out / "final.json").exists()] if rank == 0 else [None, None]
+    checkpoint = refused = None
+    if rank == 0:
+        try:
+            checkpoint = find_checkpoint(args, train.digest)
+        except UserError as problem:
+            refused = problem
+    found = [checkpoint, (out / "final.json").exists(), refused]
     if world > 1:                                                 # the first process decides, the others need no disk
         dist.broadcast_object_list(found, device=torch.device("cpu"))
-    checkpoint, finished = found
-    first, best = (checkpoint["step"], checkpoint["best"]) if checkpoint else (0, math.inf)
+    checkpoint, finished, refused = found
+    if refused:
+        raise refused if rank == 0 else SystemExit(2)
+    first, best, before = map(checkpoint.get, ("step", "best", "seconds")) if checkpoint else (0, math.inf, 0.0)
+    started -= before
     if first == args.steps and finished:
         print_main(f"this run is finished ({args.steps:,} steps); --fresh starts over")
         return print_end(args) if rank == 0 else None
@@ -392,20 +412,25 @@ def main():
     elif args.init:
         start_from(args.init, model, train.meta["tokenizer"])
     elif not clip:                    # start at the words' frequencies: learning them alone would take many steps
-        words = np.concatenate([ids for i in range(min(len(train), 10_000)) for ids in train.captions(i)])
-        counts = torch.from_numpy(np.bincount(words, minlength=config.vocab_size) + 1)
+        texts = [ids[:args.max_tokens] for i in range(min(len(train), 10_000)) for ids in train.captions(i)]
+        counts = torch.from_numpy(np.bincount(np.concatenate(texts), minlength=config.vocab_size) + 1)
+        counts[config.eos] += (args.pads == "eos") * sum(args.max_tokens - len(ids) for ids in texts)
         model.decoder.head.bias.data = (counts / counts.sum()).log().float()
     model.to(device)
-    groups = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == matrix] for matrix in (True, False)]
-    optimizer = torch.optim.AdamW([{"params": params, "weight_decay": decay} for params, decay in
-                                   zip(groups, (args.weight_decay, 0.0), strict=True)],
-                                  lr=args.lr, betas=(0.9, 0.98), fused=device.type != "mps")
+    groups = []                                                   # the encoder may start later than the rest
+    for part, start in ((True, args.encoder_start), (False, 0)):
+        for matrix, decay in ((True, args.weight_decay), (False, 0.0)):
+            groups.append({"weight_decay": decay, "start": start, "params": [
+                p for name, p in model.named_parameters() if p.requires_grad and (p.ndim > 1) == matrix and
+                name.startswith("encoder.") == part]})
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=device.type != "mps")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     use_compile = args.compile == "on" or (args.compile == "auto" and cuda and sys.platform != "win32")
-    counts = [sum(p.numel() for p in part) / 1e6 for part in (model.encoder.parameters(), model.parameters(), *groups)]
-    print_main("{}: {:.2f} M parameters in the encoder, {:.2f} M in all; weight decay on {:.2f} M, none on {:.2f} M; "
-               "torch.compile {}".format(args.model, *counts, "on" if use_compile else "off"))
+    counts = [sum(p.numel() for p in part) / 1e6 for part in (
+        model.encoder.parameters(), model.parameters(), (p for group in groups[::2] for p in group["params"]))]
+    print_main("{}: {:.2f} M parameters in the encoder, {:.2f} M in all; weight decay on {:.2f} M; torch.compile {}"
+               .format(args.model, *counts, "on" if use_compile else "off"))
     for block in [*model.encoder.blocks, *model.decoder.blocks] if use_compile else []:
         block.compile()                                           # in place: one graph for all layers of a part
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -455,6 +480,7 @@ def main():
         if rank == 0:
             save_checkpoint(out / name, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
+                "seconds": time.time() - started,
                 "config": asdict(config), "options": vars(args), "lengths": dict(lengths),
                 "tokenizer": train.meta["tokenizer"], "shards": train.digest})
 
@@ -483,7 +509,7 @@ def main():
     work, waited, since, since_step = 0, 0.0, time.time(), first
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, args.lr, args.warmup, args.steps)
+            group["lr"] = get_lr(step, args.lr, args.warmup, args.steps, group["start"])
         for micro in range(accumulation):
             asked = time.time()
             batch = next(stream)
@@ -519,7 +545,7 @@ def main():
                                 "from before it: try a smaller --lr with --fresh")
             steps, elapsed = done - since_step, time.time() - since
             record = {"step": done, "loss": sum(gather([float(total)], world)) / steps, "grad_norm": float(norm),
-                      "lr": optimizer.param_groups[0]["lr"], "images_per_s": steps * args.batch_size / elapsed,
+                      "lr": optimizer.param_groups[-1]["lr"], "images_per_s": steps * args.batch_size / elapsed,
                       "data_wait": waited / elapsed, "tflops": work / elapsed / 1e12}
             record |= {"mfu": work / elapsed / world / PEAKS[card]} if card in PEAKS else {}
             log(record)

@@ -1,9 +1,9 @@
 """The figures of the README that are neither a run's own nor tests/miniature.py's. By hand; pytest does not collect it.
 
     python tests/figures.py                      # assets/method.svg: one caption at several times
-    python tests/figures.py out/A out/B          # assets/positions.png: what the image is worth, by token position
+    python tests/figures.py out/A out/B ...      # assets/positions.png: what the image is worth, by token position
 
-out/A and out/B are runs of train.py on the same data. Needs matplotlib (requirements-dev.txt).
+out/A, out/B, ... are runs of train.py; those on the same data share a panel. Needs matplotlib (requirements-dev.txt).
 """
 
 import json
@@ -22,7 +22,7 @@ import sample  # noqa: E402
 
 SEED, ROWS = 56, 5
 SHAPES_PATTERN = "a size colour form at the row column of a colour background end"
-LEAST_TOKENS = 30  # positions that fewer captions reach say nothing
+LEAST_CAPTIONS = 30  # positions that fewer captions reach say nothing
 
 
 def draw_method(path):
@@ -73,26 +73,30 @@ def read_run(folder):
     return json.loads((folder / "final.json").read_text()), checkpoint["options"]
 
 
-def draw_positions(runs, path, words=()):
-    """The paper's argument as a figure; words: what stands at the positions, if all captions have one pattern.
+def draw_positions(panels, path):
+    """The paper's argument as a figure: of each data set a panel with a curve for each model.
 
-    runs [(name, by_position)], by_position [[gain, standard error, tokens], ...] with None where there is nothing.
+    panels {data set: [(name, by_position)]}, by_position [[gain, standard error, captions], ...], from final.json.
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for number, (name, positions) in enumerate(runs):
-        shift = 1 + 0.12 * (number - (len(runs) - 1) / 2)
-        kept = [(i + shift, *entry[:2]) for i, entry in enumerate(positions) if entry and entry[2] >= LEAST_TOKENS]
-        x, gain, error = zip(*kept, strict=True)
-        axes.errorbar(x, gain, error, fmt="o-", ms=4, lw=1, capsize=3, label=name)
-    axes.axhline(0, color="grey", lw=0.8)
-    axes.set(xlabel="token position in the caption", ylabel="loss with exchanged image\nminus with the right one, nats")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if words:
-        axes.set_xticks(range(1, len(words) + 1), words, rotation=30, ha="right")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, columns = plt.subplots(1, len(panels), figsize=(1.5 + 5.5 * len(panels), 3.6), squeeze=False)
+    for axes, (data_set, runs) in zip(columns[0], panels.items(), strict=True):
+        for number, (name, positions) in enumerate(runs):
+            shift = 1 + 0.12 * (number - (len(runs) - 1) / 2)
+            kept = [(i + shift, *entry[:2]) for i, entry in enumerate(positions) if entry[2] >= LEAST_CAPTIONS]
+            x, gain, error = zip(*kept, strict=True)
+            axes.errorbar(x, gain, error, fmt="o-", ms=4, lw=1, capsize=3, label=name)
+        axes.axhline(0, color="grey", lw=0.8)
+        axes.set(xlabel="token position in the caption", title=data_set)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if data_set == "shapes":  # its captions have one pattern
+            words = SHAPES_PATTERN.split()
+            axes.set_xticks(range(1, len(words) + 1), words, rotation=30, ha="right")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    columns[0, 0].set(ylabel="loss with exchanged image\nminus with the right one, nats")
+    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
@@ -101,11 +105,10 @@ def main():
     if not folders:
         draw_method(ROOT / "assets" / "method.svg")
         return
-    runs = [read_run(folder) for folder in folders]
-    labels = [f"{options['objective'].upper()} on {options['dataset']}" for _, options in runs]
-    positions = [record["by_position"] for record, _ in runs]
-    words = SHAPES_PATTERN.split() if {options["dataset"] for _, options in runs} == {"shapes"} else ()
-    draw_positions([*zip(labels, positions, strict=True)], ROOT / "assets" / "positions.png", words)
+    panels = {}
+    for record, options in map(read_run, folders):
+        panels.setdefault(options["dataset"], []).append((options["objective"].upper(), record["by_position"]))
+    draw_positions(panels, ROOT / "assets" / "positions.png")
 
 
 if __name__ == "__main__":

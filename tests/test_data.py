@@ -1,6 +1,7 @@
 """data.py: what goes into a shard comes out again, and nothing bad gets in."""
 
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -590,6 +591,19 @@ def one_line(capsys, function):
     error = capsys.readouterr().err.rpartition("error: ")[2]
     assert status.value.code == 2 and error.count("\n") == 1
     return error
+
+
+@pytest.mark.parametrize("name", ["data", "train", "sample", "probe"])
+def test_a_mistyped_option_is_one_line(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--nonsense"])
+    assert f"{name}.py -h lists the options" in one_line(capsys, importlib.import_module(name).main)
+
+
+def test_a_gpu_that_is_too_small_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore words.")
+
+    assert "CUDA out of memory" in (said := one_line(capsys, main)) and "--micro-batch" in said
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys):

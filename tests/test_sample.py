@@ -56,9 +56,10 @@ def test_published_scores_of_nlg_eval(photographs, tmp_path, script):
     ours = dict(zip(said[::2], map(float, said[1::2]), strict=True))
     for name, theirs in (("BLEU-1", "Bleu_1"), ("BLEU-4", "Bleu_4"), ("ROUGE-L", "ROUGE_L"), ("CIDEr-D", "CIDEr")):
         assert ours[name] == pytest.approx(example["scores"][theirs], abs=1e-4)
-    (tmp_path / "given").write_text("{}")
-    said = script("sample.py", "--score-files", tmp_path / "made", tmp_path / "given", expect=2).stderr
-    assert "every image of the first" in said
+    for wrong in ({}, {str(i): "a text, not a list" for i in range(len(example["hypotheses"]))}):
+        (tmp_path / "given").write_text(json.dumps(wrong))
+        said = script("sample.py", "--score-files", tmp_path / "made", tmp_path / "given", expect=2).stderr
+        assert "every image of the first" in said
 
 
 def test_prompts_keep_their_words():

@@ -86,7 +86,7 @@ def test_a_run_tells_and_leaves_what_it_promises(finished, shapes):
     for words in (
         "float32",
         "preset shapes",
-        "masked at t =",
+        "masking ratio 0.",
         "caption ",
         "step      6/6",
         "exactly right",
@@ -271,6 +271,22 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     )
     assert train.get_lr(55, 1.0, 10, 100) == pytest.approx(0.5) and train.get_lr(100, 1.0, 10, 100) == pytest.approx(0)
     assert train.get_lr(0, 1.0, 0, 100) == 1.0
+    late = [train.get_lr(step, 1.0, 10, 100, 30) for step in (29, 30, 39)]
+    assert late == pytest.approx([0, 0.1 * train.get_lr(30, 1.0, 10, 100), train.get_lr(39, 1.0, 10, 100)])
+
+
+def test_the_encoder_waits_until_its_start(shapes, tmp_path, script):
+    out = tmp_path / "run"
+    options = ("--steps", 4, "--save-every", 3, "--encoder-start", 3)
+    script("train.py", *TINY, "--data-dir", shapes, "--out", out, *options)
+    before, after = (torch.load(out / name, weights_only=True) for name in ("ckpt-previous.pt", "ckpt.pt"))
+    torch.manual_seed(0)
+    for name, value in train.Captioner(train.Config(**before["config"])).state_dict().items():
+        assert torch.equal(value, before["model"][name]) == name.startswith("encoder."), name
+        assert torch.equal(value, after["model"][name]) == (name == "encoder.pos_embed"), name
+    assert after["seconds"] > before["seconds"] > 0
+    late = script("train.py", *TINY, "--data-dir", shapes, "--out", out, *options[:2], "--encoder-start", 4, expect=2)
+    assert "learn nothing" in late.stderr
 
 
 def test_the_batch_is_split_exactly_or_refused_with_the_numbers():
