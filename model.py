@@ -252,7 +252,7 @@ class Captioner(nn.Module):
             if name.endswith("embed.weight"):
                 nn.init.normal_(value, std=0.02)
             elif name.endswith(("bias", "head.weight")):
-                nn.init.zeros_(value)                 # of the head as CapPa: the first loss is that of a guess, log V
+                nn.init.zeros_(value)                 # of the head as CapPa; train.py sets its bias
             elif value.ndim > 1 and "pos" not in name:
                 nn.init.xavier_uniform_(value.flatten(1))
 
