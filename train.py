@@ -137,7 +137,7 @@ def parse_args(argv=None):
     args.log_every = args.log_every or 50
     given = ("steps", "epochs") if args.steps or args.epochs else ()
     if args.encoder_start is None and (args.init or args.objective == "clip"):
-        args.encoder_start = 0                                    # it has learnt before; no language comes first
+        args.encoder_start = 0                                    # --init: it has learnt; clip: no words come first
     for name, value in preset.items():
         if getattr(args, name) is None and name not in given:
             setattr(args, name, value)
