@@ -66,14 +66,16 @@ class BadSample(Exception):
 
 
 def run(main):
-    """Call a script's main(). UserErrors, unusable files and a GPU that is too small become one line and status 2; bugs
-    keep their traceback."""
+    """Call a script's main(). UserErrors, unusable files, a full disk and a GPU that is too small become one line and
+    status 2; bugs keep their traceback."""
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError) as problem:
-        if isinstance(problem, OSError) and not problem.filename and problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if isinstance(problem, OSError) and not problem.filename and not full:
             raise
         words = str(problem).split("UserError: ")[-1].strip()       # loader processes send theirs with a traceback
+        words += ": make room and type the same command again; what was finished is kept" if full else ""
         if isinstance(problem, torch.OutOfMemoryError):
             words = f"{words.splitlines()[0][:120]}: try a smaller --micro-batch (of train.py) or --batch-size"
         sys.stderr.write(f"error: {words}\n")
@@ -91,10 +93,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_least(args, **least):
-    """Raise UserError if an option is given and smaller than its least value."""
+    """Raise UserError if an option is given and is smaller than its least value, or absurdly large."""
     for name, low in least.items():
-        if getattr(args, name) is not None and not getattr(args, name) >= low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
+        if getattr(args, name) is not None and not low <= getattr(args, name) < 1 << 63:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}, below 2^63")
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers
@@ -581,15 +583,17 @@ class Batches(torch.utils.data.Dataset):
     The global batch of step s is samples s*B .. s*B+B-1 of an endless sequence of shuffled epochs. With `accumulation`
     A it is dealt out in A*world interleaved parts, so that each part has early and late times alike. augment=False is
     for evaluation: in order, central crop, first caption; the last batch may be shorter. An item has
-        images [B,S,S,3] uint8   tokens [B,T]   valid [B,T] bool, False at pads   noise [B,T] uniform in [0,1)
-        u, one number in [0,1) for the whole global batch   index [B] places in the global batch   length [B]
-    with T the longest caption of the item rounded up to a multiple of 8, to spare compiled graphs. With pads="eos" T is
-    max_tokens and pads are tokens like others. `transform` (dict -> dict) runs on it in the worker."""
+        images [B,S,S,3] uint8   tokens [C,T]   valid [C,T] bool, False at pads   noise [C,T] uniform in [0,1)
+        u, one number in [0,1) for the whole global batch   index [C] places in the global batch   length [C]
+    with C = B * captions, those of an image in a row: different ones, or where it has fewer the same with other noise.
+    T is the longest caption of the item rounded up to a multiple of 8, to spare compiled graphs; with pads="eos" it is
+    max_tokens, and pads are tokens like others. `transform` (dict -> dict) runs on it in the worker."""
 
     def __init__(self, shards, batch_size, image_size, max_tokens, seed, augment=True, crop_scale=1.0, flip=False,
-                 pads="hidden", rank=0, world=1, accumulation=1, transform=None):
+                 captions=1, pads="hidden", rank=0, world=1, accumulation=1, transform=None):
         super().__init__()
         self.shards, self.batch_size, self.image_size, self.max_tokens = shards, batch_size, image_size, max_tokens
+        self.captions = captions
         self.seed, self.augment, self.crop_scale, self.flip, self.pads = seed, augment, crop_scale, flip, pads
         self.rank, self.world, self.accumulation, self.transform = rank, world, accumulation, transform
 
@@ -599,6 +603,8 @@ class Batches(torch.utils.data.Dataset):
         if not self.augment:
             index = index[step * self.batch_size + index < len(self.shards)]
         images, captions, noise = zip(*(self.sample(step * self.batch_size + int(i)) for i in index), strict=True)
+        captions, noise = sum(captions, []), np.concatenate(noise)
+        index = (index[:, None] + self.batch_size * np.arange(self.captions)).flatten()     # each at another time
         length = np.array([len(caption) for caption in captions])
         T = min(-(-length.max() // 8) * 8, self.max_tokens) if self.pads == "hidden" else self.max_tokens
         tokens = np.full((len(captions), T), self.shards.tokenizer.eot_token)
@@ -606,21 +612,22 @@ class Batches(torch.utils.data.Dataset):
             row[:len(caption)] = caption
         valid = np.arange(T) < (length[:, None] if self.pads == "hidden" else T)
         batch = {"images": np.stack(images), "tokens": tokens, "valid": np.broadcast_to(valid, tokens.shape).copy(),
-                 "noise": np.stack(noise)[:, :T], "index": index, "length": length}
+                 "noise": noise[:, :T], "index": index, "length": length}
         batch = {name: torch.from_numpy(array) for name, array in batch.items()}
         batch["u"] = random_stream(self.seed, TIME, step).random()
         return self.transform(batch) if self.transform else batch
 
     def sample(self, number):
-        """Sample `number` of the endless sequence -> image [S,S,3] uint8, tokens, noise [max_tokens]."""
+        """Sample `number` of the endless sequence -> image [S,S,3] uint8, captions (a list), noise [captions,T]."""
         epoch, position = divmod(number, len(self.shards))
         rng = random_stream(self.seed, SAMPLE, number)
-        noise = rng.random(self.max_tokens, dtype=np.float32)
+        noise = rng.random((self.captions, self.max_tokens), dtype=np.float32)
         place = shuffled(position, len(self.shards), self.seed, epoch) if self.augment else position
         captions = self.shards.captions(place)
-        tokens = captions[rng.integers(len(captions)) if self.augment else 0]
-        if len(tokens) > self.max_tokens:             # EOS is sticky: a caption that is cut still ends
-            tokens = np.append(tokens[:self.max_tokens - 1], tokens[-1])
+        first = rng.integers(len(captions)) if self.augment else 0
+        tokens = [captions[(first + i) % len(captions)] for i in range(self.captions)]
+        tokens = [np.append(ids[:self.max_tokens - 1], ids[-1]) if len(ids) > self.max_tokens else ids
+                  for ids in tokens]                  # EOS is sticky: a caption that is cut still ends
         image, box = self.shards.image(place, round(self.image_size / self.crop_scale ** 0.5)), None
         if self.augment and self.crop_scale < 1:      # RandomResizedCrop, cut to the image
             width, height = image.size

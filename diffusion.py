@@ -98,7 +98,7 @@ def training_batch(batch, objective, batch_size, mean_length=None, ratios=(0.5, 
     flat         True leaves the weight out (ablation, of more than one ratio)
     mean_length  what a caption has on average, a constant of the data set: each *token* weighs the same. None: each
                  *caption* weighs the same, as in CapPa. Never the count of masked tokens, which would cancel the 1/t
-    batch_size   of the global batch, so that its loss is the sum of its parts', whatever their number
+    batch_size   captions in the global batch, so that its loss is the sum of its parts', whatever their number
 
     Adds mask [B,T], rows [M] (flat positions of the real tokens), where, targets and weight [K] (those with a loss)
     and ratio [K], the share of the caption that was hidden when this token was asked for.

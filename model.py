@@ -115,7 +115,8 @@ class Attention(nn.Module):
     def forward(self, x, kv=None, bias=None, pack=None, cache=None):
         x = self.qkv(x) if kv is None else self.q(x)
         x = x if pack is None else pack.pad(x)
-        q, k, v = x.chunk(3, dim=-1) if kv is None else (x, *kv)                # [B,T,D], of images [B,N,D]
+        # captions of one image ask side by side: [B*c,T,D] -> [B,c*T,D]
+        q, k, v = x.chunk(3, dim=-1) if kv is None else (x.view(len(kv[0]), -1, x.shape[-1]), *kv)
         if cache is not None:
             cache.append((k, v))
             k, v = (torch.cat(parts, dim=1) for parts in zip(*cache, strict=True))
@@ -209,7 +210,7 @@ class TextDecoder(nn.Module):
         return pack.pad(self.norm(x))
 
     def forward(self, kv, tokens, mask, valid, rows=None, where=None, targets=None):
-        """Logits for the words of B captions.
+        """Logits for the words of B captions; of B/c images, if each has c captions in a row.
 
         kv      from `read`
         tokens  [B,T] int, anything at masked positions and pads
@@ -268,7 +269,7 @@ class Captioner(nn.Module):
         return F.normalize(image, dim=1) * self.log_scale.exp(), F.normalize(text, dim=1)
 
     def forward(self, images, tokens, mask, valid, rows=None, where=None, targets=None):
-        """One training pass: images [B,S,S,3] uint8, the rest as in TextDecoder.forward; for "clip" as in match."""
+        """One training pass: images [B/c,S,S,3] uint8, the rest as in TextDecoder.forward; for "clip" as in match."""
         features = self.encode(images)
         if self.config.objective == "clip":
             return self.match(features, tokens, valid, rows)

@@ -386,8 +386,9 @@ def main():
     check_least(args, count=1, steps=1, batch_size=1, draws=1, temperature=0, seed=0)
     if args.score_files:
         return score_files(*args.score_files)
-    captions = [word for word in args.score or [] if not os.path.exists(word)]
-    args.images += [word for word in args.score or [] if os.path.exists(word)]
+    files = [word for word in args.score or [] if os.path.exists(word) or data.split_name(word)[1] in data.IMAGE_TYPES]
+    captions = [word for word in args.score or [] if word not in files]
+    args.images += files
     shards = data.open_split(args.data_dir, args.dataset, args.split) if args.dataset else None
     names = [shards.key(i) for i in range(len(shards))[:args.count]] if shards else [
         str(file) for path in map(Path, args.images) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])

@@ -53,15 +53,15 @@ from sample import captions_of, choose_lengths, data_uri, load_captioner, report
 # What `--dataset NAME` alone means; an explicit option wins. Values for photographs follow Cap and Cluster Masking at
 # academic scale; see "Choices made without the full text" in the README.
 PHOTOGRAPHS = {"model": "B/16", "image_size": 224, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 32.0,
-               "batch_size": 2048, "lr": 5e-4, "warmup": 2000, "encoder_start": 0, "weight_decay": 0.2,
-               "crop_scale": 0.5, "flip": False, "t_min": 0.5}
+               "batch_size": 2048, "captions_per_image": 1, "lr": 5e-4, "warmup": 2000, "encoder_start": 0,
+               "weight_decay": 0.2, "crop_scale": 0.5, "flip": False, "t_min": 0.5}
 PRESETS = {
     "shapes": {"model": "tiny", "image_size": 48, "tokenizer": "words:100", "max_tokens": 16, "steps": 1250,
-               "batch_size": 32, "lr": 1e-3, "warmup": 100, "encoder_start": 0, "weight_decay": 0.05,
-               "crop_scale": 1.0, "flip": False, "t_min": 0.5},
-    "flickr8k": {"model": "tiny/4", "image_size": 32, "tokenizer": "words:4000", "max_tokens": 32, "epochs": 64.0,
-                 "batch_size": 64, "lr": 1.5e-3, "warmup": 200, "encoder_start": 300, "weight_decay": 0.1,
-                 "crop_scale": 0.5, "flip": True, "t_min": 0.5},
+               "batch_size": 32, "captions_per_image": 1, "lr": 1e-3, "warmup": 100, "encoder_start": 0,
+               "weight_decay": 0.05, "crop_scale": 1.0, "flip": False, "t_min": 0.5},
+    "flickr8k": {"model": "tiny/4", "image_size": 32, "tokenizer": "words:4000", "max_tokens": 32, "steps": 4900,
+                 "batch_size": 64, "captions_per_image": 3, "lr": 1.5e-3, "warmup": 200, "encoder_start": 300,
+                 "weight_decay": 0.1, "crop_scale": 0.5, "flip": True, "t_min": 0.5},
     "coco": PHOTOGRAPHS | {"model": "S/16", "batch_size": 512, "lr": 1e-3, "warmup": 1000},
     "cc3m": PHOTOGRAPHS,
     "cc12m": PHOTOGRAPHS,
@@ -107,6 +107,8 @@ def parse_args(argv=None):
         "(default), or eos, tokens like others, with which a caption can end by itself")
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=int, metavar="B", help="images of a step over all processes")
+    add("--captions-per-image", type=int, metavar="N", help="captions to answer about an image that is encoded once; "
+        "more than it has: the same ones, masked anew")
     add("--micro-batch", type=int, metavar="B", help="images a process takes at a time: memory, not the result")
     add("--steps", type=int, metavar="N", help="length of the run; or give --epochs")
     add("--epochs", type=float, metavar="X", help="length of the run in passes over the images")
@@ -115,7 +117,7 @@ def parse_args(argv=None):
     add("--encoder-start", type=int, metavar="N", help="step at which the encoder's own warm-up begins; before it only "
         "the decoder learns")
     add("--weight-decay", type=float, metavar="X", help="on tensors of two or more dimensions; 0 turns it off")
-    add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm; inf turns it off (default: 1)")
+    add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm; 1e9 turns it off (default: 1)")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks (default: 0)")
     add("--init", metavar="CKPT", help="start from the weights of another run (fine-tuning)")
     add = parser.add_argument_group("machine and output").add_argument
@@ -138,13 +140,15 @@ def parse_args(argv=None):
     given = ("steps", "epochs") if args.steps or args.epochs else ()
     if args.encoder_start is None and (args.init or args.objective == "clip"):
         args.encoder_start = 0                                    # --init: it has learnt; clip: no words come first
+    if args.captions_per_image is None and args.objective == "clip":
+        args.captions_per_image = 1
     for name, value in preset.items():
         if getattr(args, name) is None and name not in given:
             setattr(args, name, value)
     args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
-    check_least(args, image_size=1, batch_size=1, micro_batch=1, pairs=1, steps=1, save_every=1, log_every=1,
-                max_tokens=2, workers=0, warmup=0, encoder_start=0, weight_decay=0, seed=0, lr=0, clip=0,
-                eval_every=0, epochs=1e-9, t_min=0, mask_ratio=1e-9, crop_scale=1e-9)
+    check_least(args, image_size=1, batch_size=1, captions_per_image=1, micro_batch=1, pairs=1, steps=1, save_every=1,
+                log_every=1, max_tokens=2, workers=0, warmup=0, encoder_start=0, weight_decay=0, seed=0, lr=0,
+                clip=0, eval_every=0, epochs=1e-9, t_min=0, mask_ratio=1e-9, crop_scale=1e-9)
     if args.init and not os.path.isfile(args.init):
         raise UserError(f"--init {args.init}: no such file")
     args.ratios = {"bert": (args.mask_ratio,) * 2, "parallel": (1.0, 1.0)}.get(args.objective, (args.t_min, args.t_max))
@@ -153,6 +157,8 @@ def parse_args(argv=None):
                         "<= 1 and --mask-ratio in (0,1]")
     if args.pads == "eos" and args.objective in ("ar", "clip"):
         raise UserError(f"--pads eos is for masked objectives; {args.objective} has no use for it")
+    if args.captions_per_image > 1 and args.objective == "clip":
+        raise UserError("--objective clip compares an image with one caption: --captions-per-image 1")
     if args.crop_scale > 1:
         raise UserError(f"--crop-scale {args.crop_scale}: expected at most 1, which means no crops")
     return args, preset
@@ -441,9 +447,10 @@ def main():
                              schedule=args.schedule)
     same = {name: getattr(args, name) for name in ("image_size", "max_tokens", "seed", "pads")}
     per_token = {"token": args.max_tokens if args.pads == "eos" else mean_length, "caption": None}[args.loss_per]
-    corrupt = functools.partial(view, batch_size=args.batch_size, mean_length=per_token, flat=args.weight == "flat")
+    corrupt = functools.partial(view, batch_size=args.batch_size * args.captions_per_image, mean_length=per_token,
+                                flat=args.weight == "flat")
     batches = Batches(train, args.batch_size, crop_scale=args.crop_scale, flip=args.flip, accumulation=accumulation,
-                      transform=corrupt, rank=rank, world=world, **same)
+                      captions=args.captions_per_image, transform=corrupt, rank=rank, world=world, **same)
     size = max(2, min(EVAL_BATCH, len(val)))
     corrupt = functools.partial(view, batch_size=size, mean_length=1 / size)                 # sums of nats, no means
     checks = Batches(val, size, augment=False, transform=corrupt, **same)
@@ -514,7 +521,7 @@ def main():
             asked = time.time()
             batch = next(stream)
             waited += time.time() - asked
-            work += flops(config, len(batch["index"]), len(batch["rows"]), len(batch["where"])) * world
+            work += flops(config, len(batch["images"]), len(batch["rows"]), len(batch["where"])) * world
             batch = to_device(batch, device)
             # gradients travel with the last micro-batch only; DDP wants to know before the forward pass
             with contextlib.nullcontext() if world == 1 or micro == accumulation - 1 else wrapped.no_sync():

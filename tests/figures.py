@@ -6,6 +6,7 @@
 out/A, out/B, ... are runs of train.py; those on the same data share a panel. Needs matplotlib (requirements-dev.txt).
 """
 
+import argparse
 import json
 import sys
 from html import escape
@@ -101,7 +102,9 @@ def draw_positions(panels, path):
 
 
 def main():
-    folders = [Path(word) for word in sys.argv[1:]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="OUT", help="folders of runs")
+    folders = parser.parse_args().runs
     if not folders:
         draw_method(ROOT / "assets" / "method.svg")
         return

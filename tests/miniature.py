@@ -8,6 +8,7 @@ accuracy over BERT's masking ratio with MDC as a line, the paper's Fig. 4; (righ
 training pairs, its Fig. 5. Needs matplotlib (requirements-dev.txt).
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -136,6 +137,7 @@ def draw_figures(results):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     file = OUT / "results.jsonl"
     results = {row["name"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}

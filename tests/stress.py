@@ -7,6 +7,7 @@ Seeded and bounded; needs POSIX. Prints one row a fault: how often it was tried,
 one, and how many samples were lost that were not damaged themselves. By hand; pytest does not collect it.
 """
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -150,7 +151,7 @@ def stress_kill_prepare(folder, rng):
     began = time.time()
     assert run(prepare_words(folder / "raw", folder / "whole")).returncode == 0
     length, kills = time.time() - began, 0
-    for _ in range(KILLS):
+    while kills < KILLS:
         kills += killed(prepare_words(folder / "raw", folder / "cut"), rng.uniform(0.3, 1) * length, lambda: True)
         if (folder / "cut" / "set" / "train" / "meta.json").exists():
             run(["rm", "-r", str(folder / "cut")])  # it was finished: start over, so that every kill hits work
@@ -268,8 +269,11 @@ def stress_full_disk(folder, rng):
 
 def main():
     rows = {name.removeprefix("stress_").replace("_", "-"): row for name, row in globals().items() if "stress_" in name}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fault", nargs="*", choices=[[], *rows], metavar="FAULT", help=", ".join(rows))
+    faults = parser.parse_args().fault or rows
     print("| fault | tried | survived | good samples lost |\n| --- | --- | --- | --- |")
-    for name in sys.argv[1:] or rows:
+    for name in faults:
         with tempfile.TemporaryDirectory() as folder:
             tried, survived, lost = rows[name](Path(folder), random.Random(0))
         print(f"| {rows[name].__doc__.splitlines()[0]} | {tried} | {survived} | {lost} |", flush=True)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import tarfile
 import time
 import zlib
@@ -396,10 +397,14 @@ def test_shuffled_is_a_permutation_of_its_own_in_every_epoch(count):
     assert count < 17 or orders[0] != orders[1]
 
 
-def test_batches_do_not_depend_on_processes_or_accumulation(shapes):
+@pytest.mark.parametrize("captions", [1, 3])
+def test_batches_do_not_depend_on_processes_or_accumulation(shapes, captions):
     split = open_split(shapes, "shapes", "train")
     options = {"batch_size": 12, "image_size": 8, "max_tokens": 16, "seed": 3, "crop_scale": 0.5, "flip": True}
-    whole = Batches(split, **options)[5]
+    options["captions"] = captions
+    whole, place = Batches(split, **options)[5], {}
+    for row, i in enumerate(whole["index"].tolist()):
+        place[i] = row
     for world, accumulation in ((1, 1), (2, 1), (1, 3), (2, 2)):
         parts = [
             Batches(split, **options, rank=rank, world=world, accumulation=accumulation)[5 * accumulation + micro]
@@ -407,10 +412,25 @@ def test_batches_do_not_depend_on_processes_or_accumulation(shapes):
             for micro in range(accumulation)
         ]
         index = torch.cat([part["index"] for part in parts])
-        assert sorted(index.tolist()) == list(range(12))
-        for name in ("images", "tokens", "noise"):
-            assert torch.equal(torch.cat([part[name] for part in parts]), whole[name][index])
+        assert sorted(index.tolist()) == list(range(12 * captions))
+        rows = torch.tensor([place[i] for i in index.tolist()])
+        for name in ("tokens", "noise"):
+            assert torch.equal(torch.cat([part[name] for part in parts]), whole[name][rows])
+        assert torch.equal(torch.cat([part["images"] for part in parts]), whole["images"][rows[::captions] // captions])
         assert all(part["u"] == whole["u"] for part in parts)
+
+
+def test_an_image_comes_with_several_captions_and_noise_for_each(tmp_path):
+    texts = ["one dog", "two dogs run", "three"]
+    members = [("a.jpg", jpeg()), ("a.json", json.dumps({"captions": texts}).encode())]
+    build(tmp_path, make_tar(tmp_path / "a.tar", members))
+    split = Shards(tmp_path / "set/train")
+    for captions in (1, 2, 3, 5):
+        batch = Batches(split, 2, 8, 16, 0, captions=captions)[0]
+        words = [decode_caption(split.tokenizer, row) for row in batch["tokens"]]
+        assert len(batch["images"]) == 2 and len(words) == 2 * captions == len(batch["noise"].unique(dim=0))
+        for some in (words[:captions], words[captions:]):
+            assert set(some) <= set(texts) and len(set(some)) == min(3, captions)
 
 
 def test_a_caption_that_is_cut_keeps_its_end(shapes):
@@ -613,10 +633,21 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys):
     folder.mkdir(parents=True)
     for name in ("00000.shard", "00000.done.tmp", "samples.bin", "meta.json.tmp"):
         (folder / name).symlink_to("/dev/full")
-        assert "No space left" in one_line(capsys, lambda: build(tmp_path / "out", source))
+        said = one_line(capsys, lambda: build(tmp_path / "out", source))
+        assert "No space left" in said and "make room" in said
         assert not (folder / "meta.json").exists()
         (folder / name).unlink(missing_ok=True)
     assert build(tmp_path / "out", source)["files"] == expected
+
+
+def test_a_limit_on_the_size_of_files_is_one_line_like_a_full_disk(tmp_path, capsys):
+    source, limits = make_tar(tmp_path / "a.tar", good(3)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        said = one_line(capsys, lambda: build(tmp_path / "out", source))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in said and "make room" in said
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):

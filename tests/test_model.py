@@ -54,6 +54,19 @@ def test_flat_positions_are_the_padded_ones(model, batch):
     torch.testing.assert_close(model(**batch, rows=rows, where=where), model(**batch).flatten(0, 1)[where])
 
 
+def test_captions_of_one_image_get_what_each_would_get_alone(model, batch):
+    """An image read once for several captions: the same logits and gradients as with the image repeated."""
+    captions = {name: batch[name].repeat_interleave(2, 0).roll(1, 0) for name in ("tokens", "valid", "mask")}
+    gradients = []
+    for images in (batch["images"], batch["images"].repeat_interleave(2, 0)):
+        model.zero_grad()
+        gradients.append([logits := model(images, **captions)])
+        logits[captions["valid"]].log_softmax(-1)[:, 7].sum().backward()
+        gradients[-1] += [p.grad for p in model.parameters() if p.grad is not None]
+    for few, many in zip(*gradients, strict=True):
+        torch.testing.assert_close(few, many, atol=1e-4, rtol=1e-4)
+
+
 def test_the_mask_hides_its_token_and_nothing_else_does(model, batch):
     changed = batch | {"tokens": torch.where(batch["mask"], 49 - batch["tokens"], batch["tokens"])}
     assert torch.equal(model(**changed), model(**batch)), "a masked token leaks into the logits"

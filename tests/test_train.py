@@ -152,7 +152,8 @@ dist.init_process_group("gloo")
 dist.init_process_group = dist.destroy_process_group = lambda *_, **__: None    # one group for all runs
 out, *options = sys.argv[1:]
 for objective in train.OBJECTIVES:
-    sys.argv = ["train.py", *options, "--objective", objective, "--out", f"{out}/{objective}"]
+    several = ["--captions-per-image", "2" if objective in ("mdc", "ar") else "1"]
+    sys.argv = ["train.py", *options, "--objective", objective, "--out", f"{out}/{objective}", *several]
     train.main()
 """
 
@@ -391,8 +392,11 @@ def test_probe_reports_the_floor(finished, shapes, script):
         (("train.py", "--dataset", "nothing"), "python data.py --dataset nothing"),
         (("train.py", "--batch-size", 0), "--batch-size 0"),
         (("train.py", "--steps", -1), "--steps -1"),
+        (("train.py", "--objective", "clip", "--captions-per-image", 2), "--captions-per-image 1"),
         (("train.py", "--crop-scale", 1.5), "--crop-scale 1.5"),
         (("train.py", "--seed", -1), "--seed -1"),
+        (("train.py", "--seed", 1 << 64), "below 2^63"),
+        (("train.py", "--epochs", "inf"), "--epochs inf"),
         (("train.py", "--init", "nope.pt"), "--init nope.pt: no such file"),
         (("train.py", "--stepz", 3), "--stepz"),
         (("train.py", "--objective", "gpt"), "--objective"),
