@@ -12,7 +12,7 @@ both sides instead of cross-attending. Three things are worth a look:
   * Cross-attention keys and values are computed once an image (`TextDecoder.read`) and used at every step.
 
 Shape letters, used at line ends in all files:
-    B images (= captions) of a batch   N patches of an image   T token positions of the longest caption
+    B captions of a batch, and images if each has one   N patches of an image   T positions of the longest caption
     M real tokens of the batch (no pads)   K positions with a loss   D width   H heads   V vocabulary
 """
 from collections import OrderedDict
@@ -115,8 +115,8 @@ class Attention(nn.Module):
     def forward(self, x, kv=None, bias=None, pack=None, cache=None):
         x = self.qkv(x) if kv is None else self.q(x)
         x = x if pack is None else pack.pad(x)
-        # captions of one image ask side by side: [B*c,T,D] -> [B,c*T,D]
-        q, k, v = x.chunk(3, dim=-1) if kv is None else (x.view(len(kv[0]), -1, x.shape[-1]), *kv)
+        # the c captions of an image ask side by side, [B,T,D] -> [B/c,c*T,D]
+        q, k, v = x.chunk(3, dim=-1) if kv is None else (x.unflatten(0, (len(kv[0]), -1)).flatten(1, 2), *kv)
         if cache is not None:
             cache.append((k, v))
             k, v = (torch.cat(parts, dim=1) for parts in zip(*cache, strict=True))

@@ -108,8 +108,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=int, metavar="B", help="images of a step over all processes")
     add("--captions-per-image", type=int, metavar="N", help="captions to answer about an image that is encoded once; "
-        "more than it has: the same ones, masked anew")
-    add("--micro-batch", type=int, metavar="B", help="images a process takes at a time: memory, not the result")
+        "more than it has: the same ones, masked anew (ar, parallel: repeated)")
+    add("--micro-batch", type=int, metavar="B", help="images, with their captions, that a process takes at a time: "
+        "memory, not the result")
     add("--steps", type=int, metavar="N", help="length of the run; or give --epochs")
     add("--epochs", type=float, metavar="X", help="length of the run in passes over the images")
     add("--lr", type=float, help="peak learning rate of AdamW (betas 0.9, 0.98), cosine to 0")
@@ -386,8 +387,8 @@ def main():
         lengths[min(length, args.max_tokens)] += count
     mean_length = sum(n * count for n, count in lengths.items()) / lengths.total()
     print_main(f"{len(train):,} training images, {len(val):,} for validation; captions of {mean_length:.1f} tokens on "
-               f"average; {args.steps:,} steps of {args.batch_size} = {args.steps * args.batch_size / len(train):.1f} "
-               "epochs")
+               f"average; {args.steps:,} steps of {args.batch_size} images, {args.captions_per_image} captions each: "
+               f"{args.steps * args.batch_size / len(train):.1f} epochs")
 
     # model and optimizer
     config = Config(args.model, args.image_size, train.tokenizer.n_vocab, args.max_tokens, train.tokenizer.eot_token,
