@@ -61,7 +61,7 @@ PRESETS = {
                "weight_decay": 0.05, "crop_scale": 1.0, "flip": False, "t_min": 0.5},
     "flickr8k": {"model": "tiny/4", "image_size": 32, "tokenizer": "words:4000", "max_tokens": 32, "steps": 4900,
                  "batch_size": 64, "captions_per_image": 3, "lr": 1.5e-3, "warmup": 200, "encoder_start": 300,
-                 "weight_decay": 0.1, "crop_scale": 0.5, "flip": True, "t_min": 0.5},
+                 "weight_decay": 0.1, "crop_scale": 0.25, "flip": True, "t_min": 0.5},
     "coco": PHOTOGRAPHS | {"model": "S/16", "batch_size": 512, "lr": 1e-3, "warmup": 1000},
     "cc3m": PHOTOGRAPHS,
     "cc12m": PHOTOGRAPHS,
