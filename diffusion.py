@@ -305,7 +305,7 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
         raise ValueError(f"steps {steps}: expected at least 1")
     total = mask.sum(1)                                                         # [B] words to find
     planned = total.clamp(max=steps or mask.shape[1])                           # [B] steps of each caption
-    last = steps or int(planned.max()) if order == "ancestral" else int(planned.max())
+    last = steps if steps and order == "ancestral" else int(planned.max())
     yield tokens, mask
     for step in range(1, last + 1):
         where = mask.flatten().nonzero().squeeze(1)
