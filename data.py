@@ -16,8 +16,7 @@ use all of the photograph. The held-out samples, whose keys hash below 0.5 %, va
 Sources may be hostile: nothing is unpacked, and a worker holds one sample at a time, in less than 1 GB.
 
 Nothing in the loader is random in the usual sense: order, crop, choice of caption and noise are functions of
-(seed, position in the run), whatever the number of processes, and a resumed run needs no saved state.
-"""
+(seed, position in the run), whatever the number of processes, and a resumed run needs no saved state."""
 import argparse
 import contextlib
 import csv
@@ -71,13 +70,13 @@ def run(main):
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError) as problem:
-        full = isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if isinstance(problem, OSError) and not problem.filename and not full:
-            raise
         words = str(problem).split("UserError: ")[-1].strip()       # loader processes send theirs with a traceback
-        words += ": make room and type the same command again; what was finished is kept" if full else ""
         if isinstance(problem, torch.OutOfMemoryError):
             words = f"{words.splitlines()[0][:120]}: try a smaller --micro-batch (of train.py) or --batch-size"
+        elif isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            words += ": make room and type the same command again; what was finished is kept"
+        elif isinstance(problem, OSError) and not problem.filename:
+            raise
         sys.stderr.write(f"error: {words}\n")
         sys.exit(2)
 
@@ -144,14 +143,10 @@ def open_image(file, short_side=None):
         if short_side:                                # a JPEG can be decoded at 1/2, 1/4 or 1/8 if that is still enough
             image.draft("RGB", (width * short_side // min(size), height * short_side // min(size)))
         image.load()
-    except FileNotFoundError:
-        raise BadSample("no such file") from None
-    except Image.DecompressionBombError:
-        raise BadSample("image of an absurd size") from None
-    except Image.UnidentifiedImageError:
-        raise BadSample("not a JPEG, PNG or WebP image") from None
-    except Exception:                                 # Pillow's decoders raise a dozen different types
-        raise BadSample("image data is broken") from None
+    except Exception as problem:                      # Pillow's decoders raise a dozen different types
+        reasons = {FileNotFoundError: "no such file", Image.DecompressionBombError: "image of an absurd size",
+                   Image.UnidentifiedImageError: "not a JPEG, PNG or WebP image"}
+        raise BadSample(reasons.get(type(problem), "image data is broken")) from None
     with contextlib.suppress(Exception):              # a broken EXIF block says nothing about the picture
         ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data:
@@ -270,7 +265,7 @@ def read_tar(path, types, skipped):
                 long_name = None
                 if member.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):      # of the member that follows
                     text = file.read(min(size, 1 << 16)).decode(errors="replace")
-                    found = re.search(r"\d+ path=(.*)\n" if member.type == tarfile.XHDTYPE else r"([^\0]+)", text)
+                    found = re.search(r"(?m)^\d+ path=(.*)\n" if member.type == tarfile.XHDTYPE else r"([^\0]+)", text)
                     long_name = found and found[1]
                 elif member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.XGLTYPE):
                     skipped["tar member is not a file"] += 1
@@ -345,10 +340,9 @@ def replace_file(path):
     except BaseException:
         Path(f"{path}.tmp").unlink(missing_ok=True)
         raise
-    if os.name == "posix":                            # the name is on disk only when its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    folder = os.open(path.parent, os.O_RDONLY)        # the name is on disk only when its folder is
+    os.fsync(folder)
+    os.close(folder)
 
 
 def write_json(path, value):
@@ -381,7 +375,7 @@ def write_shard(unit, number, folder, plan):
         return done
     warnings.simplefilter("ignore")                   # Pillow's, of sizes that are refused and of broken EXIF blocks
     tokenizer, side, lengths, skipped = load_tokenizer(plan["tokenizer"]), plan["stored_side"], Counter(), Counter()
-    with open(shard_file, "wb") as shard, open(samples_file, "wb") as samples:
+    with replace_file(shard_file) as shard, replace_file(samples_file) as samples:
         for key, files, captions in read_samples(unit, MAX_BYTES, skipped, plan["caption_key"], plan["image_size"]):
             found = [files[kind] for kind in IMAGE_TYPES if kind in files]
             try:
@@ -402,9 +396,6 @@ def write_shard(unit, number, folder, plan):
             record = (key, number, shard.tell(), encoded.tell(), len(tokens), *original_size, held_out)
             samples.write(np.array(record, RECORD).tobytes())
             shard.write(encoded.getvalue() + tokens.tobytes())
-        for file in (shard, samples):
-            file.flush()
-            os.fsync(file.fileno())
     write_json(done_file, {"made_from": made_from, "lengths": lengths, "skipped": skipped,
                            "file": fingerprint(shard_file)})
     return json.loads(done_file.read_text())
@@ -442,14 +433,17 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, caption
         units = find_units(dataset, split, source, captions)
         meta_file.unlink(missing_ok=True)
         bar = {"total": len(units), "unit": "shard", "dynamic_ncols": True}
-        if not tokenizer.startswith("words:"):
+        words = tokenizer.startswith("words:")
+        if words:
+            words_tokenizer(tokenizer, Counter())     # a mistyped one is refused before the captions are counted
+        else:
             load_tokenizer(plan["tokenizer"])         # forked workers inherit it
         try:
             with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
-                if tokenizer.startswith("words:") and split == "train":
+                if words and split == "train":
                     counts = pool.map(count_pieces, units, itertools.repeat(caption_key))
                     plan["tokenizer"] = words_tokenizer(tokenizer, sum(tqdm(counts, "captions", **bar), Counter()))
-                elif tokenizer.startswith("words:"):  # one tokenizer for all splits
+                elif words:                           # one tokenizer for all splits
                     plan["tokenizer"] = Shards(folder.parent / "train").meta["tokenizer"]
                     if plan["tokenizer"]["name"] != tokenizer:
                         raise UserError(f"--tokenizer {tokenizer}: train has {plan['tokenizer']['name']}, as must val")
@@ -591,11 +585,10 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, shards, batch_size, image_size, max_tokens, seed, augment=True, crop_scale=1.0, flip=False,
                  captions=1, pads="hidden", rank=0, world=1, accumulation=1, transform=None):
-        super().__init__()
         self.shards, self.batch_size, self.image_size, self.max_tokens = shards, batch_size, image_size, max_tokens
-        self.captions = captions
-        self.seed, self.augment, self.crop_scale, self.flip, self.pads = seed, augment, crop_scale, flip, pads
-        self.rank, self.world, self.accumulation, self.transform = rank, world, accumulation, transform
+        self.seed, self.augment, self.crop_scale, self.flip, self.captions = seed, augment, crop_scale, flip, captions
+        self.rank, self.world, self.accumulation = rank, world, accumulation
+        self.pads, self.transform = pads, transform
 
     def __getitem__(self, item):
         step, micro = divmod(item, self.accumulation)
@@ -603,16 +596,15 @@ class Batches(torch.utils.data.Dataset):
         if not self.augment:
             index = index[step * self.batch_size + index < len(self.shards)]
         images, captions, noise = zip(*(self.sample(step * self.batch_size + int(i)) for i in index), strict=True)
-        captions, noise = sum(captions, []), np.concatenate(noise)
-        index = (index[:, None] + self.batch_size * np.arange(self.captions)).flatten()     # each at another time
+        captions, eos = sum(captions, []), self.pads == "eos"
         length = np.array([len(caption) for caption in captions])
-        T = min(-(-length.max() // 8) * 8, self.max_tokens) if self.pads == "hidden" else self.max_tokens
-        tokens = np.full((len(captions), T), self.shards.tokenizer.eot_token)
-        for row, caption in zip(tokens, captions, strict=True):
-            row[:len(caption)] = caption
-        valid = np.arange(T) < (length[:, None] if self.pads == "hidden" else T)
-        batch = {"images": np.stack(images), "tokens": tokens, "valid": np.broadcast_to(valid, tokens.shape).copy(),
-                 "noise": noise[:, :T], "index": index, "length": length}
+        T = self.max_tokens if eos else min(-(-length.max() // 8) * 8, self.max_tokens)
+        words = np.arange(T) < length[:, None]
+        tokens = np.full(words.shape, self.shards.tokenizer.eot_token)
+        tokens[words] = np.concatenate(captions)
+        index = (index[:, None] + self.batch_size * np.arange(self.captions)).flatten()     # each at another time
+        batch = {"images": np.stack(images), "tokens": tokens, "valid": words | eos, "index": index, "length": length,
+                 "noise": np.concatenate(noise)[:, :T]}
         batch = {name: torch.from_numpy(array) for name, array in batch.items()}
         batch["u"] = random_stream(self.seed, TIME, step).random()
         return self.transform(batch) if self.transform else batch
@@ -626,8 +618,7 @@ class Batches(torch.utils.data.Dataset):
         captions = self.shards.captions(place)
         first = rng.integers(len(captions)) if self.augment else 0
         tokens = [captions[(first + i) % len(captions)] for i in range(self.captions)]
-        tokens = [np.append(ids[:self.max_tokens - 1], ids[-1]) if len(ids) > self.max_tokens else ids
-                  for ids in tokens]                  # EOS is sticky: a caption that is cut still ends
+        tokens = [np.append(ids[:-1][:self.max_tokens - 1], ids[-1]) for ids in tokens]     # cut, but never its EOS
         image, box = self.shards.image(place, round(self.image_size / self.crop_scale ** 0.5)), None
         if self.augment and self.crop_scale < 1:      # RandomResizedCrop, cut to the image
             width, height = image.size
@@ -700,6 +691,8 @@ def main():
     for name in args.dataset:
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
             raise UserError(f"--dataset {name}: expected a name of letters, digits, dots and dashes")
+    if len(args.dataset) > 1 and not args.stats:
+        raise UserError(f"--dataset {' '.join(args.dataset)}: several are for --stats; otherwise one at a time")
     check_least(args, image_size=MIN_SIDE, workers=1, max_tokens=2)
     if args.stats:
         return show_stats(args.data_dir, args.dataset, args.split, args.max_tokens)

@@ -16,8 +16,7 @@ Sampling goes the other way: start from masks only, fill in the most confident w
 What the paper compares with needs few lines of its own (`training_batch`): image-conditioned BERT is one fixed t,
 parallel decoding is t = 1, autoregression shifts the caption by one, and CLIP has no masks but another loss.
 
-Shape letters are model.py's: B captions, T positions, K positions with a loss, V vocabulary.
-"""
+Shape letters are model.py's: B captions, T positions, K positions with a loss, V vocabulary."""
 import functools
 import math
 
@@ -48,8 +47,7 @@ def weight(t, alpha=linear):
     """Weight -alpha'_t / (1 - alpha_t) of a masked token's cross-entropy at times t [...]; linear schedule: 1/t.
 
     The slope by a complex step, alpha(t + ih) = alpha_t + ih alpha'_t, exact for a tiny h (Squire & Trapp 1998): a
-    backward pass would need autograd's threads, which do not survive the fork of a loader's worker.
-    """
+    backward pass would need autograd's threads, which do not survive the fork of a loader's worker."""
     kept = alpha(torch.complex(t.double(), torch.full_like(t, 1e-30, dtype=torch.float64)))
     return -kept.imag / 1e-30 / (1 - kept.real)
 
@@ -70,16 +68,14 @@ def stratified_times(u, index, batch_size, t_min=0.5, t_max=1.0):
 
     u: one number in [0,1) for the whole *global* batch; index [B]: positions in the global batch -> [B] float64.
     Each time alone is still uniform. Low-discrepancy idea of MD4's and Kingma et al.'s (2021) code; counted down from
-    t_max so that t = 0, where nothing is masked and 1/t is infinite, cannot come out.
-    """
+    t_max so that t = 0, where nothing is masked and 1/t is infinite, cannot come out."""
     return t_max - (t_max - t_min) * ((u + index.double() / batch_size) % 1)
 
 
 def mask_tokens(noise, t, valid, alpha=linear):
     """The forward process: mask [B,T] bool, each valid token masked with probability 1 - alpha_t.
 
-    noise [B,T] uniform in [0,1), t [B], valid [B,T] bool. Pass the result on: it cannot be recovered from token ids.
-    """
+    noise [B,T] uniform in [0,1), t [B], valid [B,T] bool. Pass the result on: it cannot be recovered from token ids."""
     return (noise < 1 - alpha(t)[:, None]) & valid
 
 
@@ -101,8 +97,7 @@ def training_batch(batch, objective, batch_size, mean_length=None, ratios=(0.5, 
     batch_size   captions in the global batch, so that its loss is the sum of its parts', whatever their number
 
     Adds mask [B,T], rows [M] (flat positions of the real tokens), where, targets and weight [K] (those with a loss)
-    and ratio [K], the share of the caption that was hidden when this token was asked for.
-    """
+    and ratio [K], the share of the caption that was hidden when this token was asked for."""
     tokens, valid, length, per_token = batch["tokens"], batch["valid"], batch["valid"].sum(1), torch.ones(())
     if objective == "clip":
         inputs, mask, ratio = tokens, torch.zeros_like(valid), torch.zeros(valid.shape)
@@ -136,8 +131,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     Logits would be most of the memory of a training step. Here they exist once, in autocast's type, and become their
     own gradient a few rows at a time; only those rows are ever float32. For the matrix products, which are faster so,
-    V is rounded up to a multiple of 64; the columns added have weight 0 and no part in the softmax.
-    """
+    V is rounded up to a multiple of 64; the columns added have weight 0 and no part in the softmax."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets):
@@ -167,8 +161,7 @@ def contrastive_loss(image, text, all_images=None, all_texts=None, first=0):
     """CLIP's symmetric cross-entropy (Radford et al. 2021): this process's part of the mean over the global batch.
 
     image [b,D], text [b,D] from Captioner.match; all_images and all_texts [B,D] are everybody's, in which those of
-    this process begin at `first` (default: there is only one process). The parts of all processes add up.
-    """
+    this process begin at `first` (default: there is only one process). The parts of all processes add up."""
     all_images, all_texts = (own if every is None else every for own, every in ((image, all_images), (text, all_texts)))
     right = first + torch.arange(len(image), device=image.device)
     losses = F.cross_entropy(image @ all_texts.T, right, reduction="sum") + \
@@ -185,8 +178,7 @@ def image_gain(real, control, length, ratio, plain, bins=10):
     val_loss     nats a token with the right images; control with exchanged ones; gain is the difference
     gain_se      its standard error over captions, that of a ratio of two sums
     by_ratio     mean loss of a masked token in each tenth of masking ratios, None where there was none
-    by_position  [gain, its standard error, captions] for each token position that two captions have
-    """
+    by_position  [gain, its standard error, captions] for each token position that two captions have"""
     gain, tokens = (control - real).double(), length.sum()
     mean = gain.sum() / tokens
     figures = {"val_loss": real.sum() / tokens, "control": control.sum() / tokens, "gain": mean,
@@ -214,8 +206,7 @@ def count_law(length, ratios=(0.0, 1.0)):
     """Law of the number l of masked tokens under which (L/l) sum_masked log p has the mean of the objective -> [L].
 
     For times uniform in [a, b], integrating 1/t times the binomial law of l gives the states with l masks the weight
-    (P(Bin(L,a) < l) - P(Bin(L,b) < l)) / ((b - a) l). Times l/L that is a law; for [0, 1] it is uniform (LLaDA).
-    """
+    (P(Bin(L,a) < l) - P(Bin(L,b) < l)) / ((b - a) l). Times l/L that is a law; for [0, 1] it is uniform (LLaDA)."""
     a, b = max(0.0, min(ratios[0], ratios[1] - 1e-4)), ratios[1]        # one fixed ratio: a narrow range below it
     k = torch.arange(length, dtype=torch.float64)
     ways = math.lgamma(length + 1) - torch.lgamma(k + 1) - torch.lgamma(length - k + 1)         # logarithm of (L, k)
@@ -230,8 +221,7 @@ def scoring_masks(rule, length, noise=None, u=0.0, ratios=(0.0, 1.0)):
                      stratified over `count_law`, at the places where noise [S,T] is smallest; u shifts the strata
     "parallel"       every token from the image alone, in one pass
     "leave-one-out"  every token from the image and all others: pseudo-likelihood
-    Captions that are compared get the same noise and u, which takes most of the noise out of the difference.
-    """
+    Captions that are compared get the same noise and u, which takes most of the noise out of the difference."""
     if rule == "parallel":
         return torch.ones(1, length, dtype=torch.bool), torch.ones(1)
     if rule == "leave-one-out":
@@ -247,8 +237,7 @@ def scoring_masks(rule, length, noise=None, u=0.0, ratios=(0.0, 1.0)):
 def log_likelihood(predict, tokens, valid, rule="parallel", noise=None, u=0.0, ratios=(0.0, 1.0)):
     """Scores of captions in nats, summed over tokens: tokens and valid [B,T] -> [B] float64; the rest: scoring_masks.
 
-    predict is denoise's. An autoregressive one, which ignores the mask, makes "parallel" the exact log p.
-    """
+    predict is denoise's. An autoregressive one, which ignores the mask, makes "parallel" the exact log p."""
     plans = [scoring_masks(rule, length, noise, u, ratios) for length in valid.sum(1).tolist()]
     total, T = torch.zeros(len(tokens), dtype=torch.float64), tokens.shape[1]
     for s in range(max(len(weights) for _, weights in plans)):
@@ -272,8 +261,7 @@ def draw_tokens(logits, temperature=0.0, generator=None):
 
     Drawn as argmax(logits + temperature * Gumbel noise) in float64: float32 cannot represent the large noise values
     that rare tokens need, which silently lowers the temperature (Zheng et al. 2024). Returns tokens [K] and their
-    *unperturbed* probabilities [K], by which LLaDA ranks positions.
-    """
+    *unperturbed* probabilities [K], by which LLaDA ranks positions."""
     logits = logits.float()
     if temperature > 0:
         uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator)
@@ -297,8 +285,7 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
     temperature  0 is greedy; otherwise tokens are drawn, on the CPU from `generator`
 
     A token that has been revealed never changes, and [MASK], which has no logit, cannot be drawn.
-    Raises ValueError for an unknown order, or steps below 1.
-    """
+    Raises ValueError for an unknown order, or steps below 1."""
     if order not in ORDERS:
         raise ValueError(f"order {order!r}: expected one of {', '.join(ORDERS)}")
     if steps is not None and steps < 1:
@@ -330,8 +317,7 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
 def autoregress(next_word, B, length, eos, temperature=0.0, generator=None, device="cpu"):
     """Left-to-right captions of at most `length` tokens; yields (tokens [B,T], mask [B,T]) as denoise does.
 
-    next_word: (tokens [B] before `position`, position) -> logits [B,V]. After its EOS a caption is EOS to the end.
-    """
+    next_word: (tokens [B] before `position`, position) -> logits [B,V]. After its EOS a caption is EOS to the end."""
     tokens, mask = torch.full((B, length), eos, device=device), torch.ones(B, length, dtype=torch.bool, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     yield tokens, mask

@@ -13,8 +13,7 @@ both sides instead of cross-attending. Three things are worth a look:
 
 Shape letters, used at line ends in all files:
     B captions of a batch, and images if each has one   N patches of an image   T positions of the longest caption
-    M real tokens of the batch (no pads)   K positions with a loss   D width   H heads   V vocabulary
-"""
+    M real tokens of the batch (no pads)   K positions with a loss   D width   H heads   V vocabulary"""
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -69,8 +68,7 @@ def attend(q, k, v, heads, bias=None):
     """Multi-head softmax(q k^T / sqrt(d) + bias) v: q [B,T,D], k and v [B,N,D], bias [B|1,1,T|1,N] -> [B,T,D].
 
     CUDA and MPS have fused kernels for it. On a CPU, PyTorch's fused kernel is the slow way: at a few dozen patches its
-    backward alone takes more than half of a training step, so there the formula is written out.
-    """
+    backward alone takes more than half of a training step, so there the formula is written out."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))                 # [B,H,T|N,D/H]
     bias = None if bias is None else bias.to(q.dtype)
     if q.device.type != "cpu":
@@ -100,8 +98,7 @@ class Attention(nn.Module):
     """Multi-head attention, of images on [B,N,D], of texts (with `pack`) on the flat stream of real tokens [M,D].
 
     With `cross` text asks and the image answers: keys and values come from TextDecoder.read, once an image.
-    cache: a list that collects the keys and values of earlier calls, for left-to-right decoding.
-    """
+    cache: a list that collects the keys and values of earlier calls, for left-to-right decoding."""
 
     def __init__(self, width, heads, cross=False):
         super().__init__()
@@ -150,8 +147,7 @@ class ViT(nn.Module):
     """Vision transformer without a class token (Dosovitskiy et al. 2021; no token as in CapPa and timm).
 
     Parameter names and shapes are timm's: its "vit_base_patch16_224" with class_token=False, global_pool="avg",
-    fc_norm=False, num_classes=0 loads vit.state_dict() as it is.
-    """
+    fc_norm=False, num_classes=0 loads vit.state_dict() as it is."""
 
     def __init__(self, config):
         super().__init__()
@@ -178,8 +174,7 @@ class ViT(nn.Module):
 class TextDecoder(nn.Module):
     """Predicts the words of a caption from the image and from the words that are not masked.
 
-    There is no time input: how many words are masked tells the decoder all that t could (MDLM and LLaDA have none).
-    """
+    There is no time input: how many words are masked tells the decoder all that t could (MDLM and LLaDA have none)."""
 
     def __init__(self, config):
         super().__init__()
@@ -219,8 +214,7 @@ class TextDecoder(nn.Module):
         rows    [M] int, flat positions of the real tokens, if the caller knows them
         where   [K] int, flat positions whose logits are wanted (real tokens only); None: all
         targets [K] int, the words at `where`, if their losses are wanted instead of logits
-        returns [K,V], or [B,T,V]; with targets [K] nats
-        """
+        returns [K,V], or [B,T,V]; with targets [K] nats"""
         x = self.hidden(kv, tokens, mask, valid, rows)
         x = x if where is None else x.flatten(0, 1).index_select(0, where)
         if targets is not None:
@@ -279,8 +273,7 @@ class Captioner(nn.Module):
 def flops(config, images, tokens, predicted):
     """Useful operations of a training step, three forward passes, for so many images, real tokens, tokens with a loss.
 
-    Pads and logits that nobody asked for are no work; attention among the few words of a caption is neglected.
-    """
+    Pads and logits that nobody asked for are no work; attention among the few words of a caption is neglected."""
     width, depth, _, patch = SIZES[config.size]
     N = (config.image_size // patch) ** 2
     block, attention = 12 * width ** 2, 2 * N * width               # products with the weights; q k^T and attention v

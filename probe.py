@@ -137,8 +137,7 @@ def fit_logistic(features, labels, classes, strengths, tolerance=1e-6, most_step
       * A preconditioner. Along principal axes (to which L2 is blind) the curvature is nearly diagonal and known, the
         variance of the axis / classes + 1/(C n). Axes with a deviation below the tolerance have no larger gradient.
       * No line search. A step that does not lower the loss is not taken, but what it says about the curvature is true
-        all the same, the loss being convex, and makes the next step a better one.
-    """
+        all the same, the loss being convex, and makes the next step a better one."""
     n, S, mean = len(features), len(strengths), features.double().mean(0)
     x = features.double() - mean
     variance, axes = torch.linalg.eigh(x.T @ x / n)
@@ -187,8 +186,7 @@ def fit_minibatch(features, labels, classes, rates, epochs=20, batch_size=1024):
     """Linear classifiers for R learning rates, trained in one pass over random batches -> [R,D+1,classes].
 
     SGD with momentum 0.9 and a cosine to 0; each batch is read once for all rates (DINOv2's linear evaluation). That
-    the features [n,D] are standardized stands for the usual BatchNorm without parameters.
-    """
+    the features [n,D] are standardized stands for the usual BatchNorm without parameters."""
     n, generator = len(features), torch.Generator().manual_seed(0)
     weights, steps = features.new_zeros(len(rates), features.shape[1] + 1, classes), epochs * (n // batch_size + 1)
     velocity, rates = torch.zeros_like(weights), torch.as_tensor(rates).to(features)[:, None, None]
@@ -230,8 +228,7 @@ def linear_probe(train, labels, test, answers, seed=0, device="cpu", chosen=None
 
     held_out is the accuracy by which the strength was chosen: whoever compares settings should look at that one alone.
     chosen: the strength (learning rate); None: the one with the best accuracy on a random tenth of `train`, the
-    smallest of equals. minibatch: which solver; None: the exact one while it fits into some 8 GB of memory.
-    """
+    smallest of equals. minibatch: which solver; None: the exact one while it fits into some 8 GB of memory."""
     classes = int(labels.max()) + 1
     minibatch = len(train) * classes > 1 << 23 if minibatch is None else minibatch
     train, test, labels, answers = (x.to(device) for x in (*standardize(train, test), labels, answers))
@@ -310,8 +307,7 @@ def score_items(model, checkpoint, items, find_image, draws=32, seed=0, batch_si
     Returns {rule: (real, blind)} in nats summed over tokens, lengths in tokens, log p(length) of the training captions,
     all [items,options] (-inf where an item has fewer options), and the number of each item's image [items]. blind is
     the log-mean-exp over other images: all stand in a random circle, and an item is scored with those that come after
-    its own. So a batch of items needs a stretch of the circle, and an image is read and encoded about once.
-    """
+    its own. So a batch of items needs a stretch of the circle, and an image is read and encoded about once."""
     tokenizer, config = data.load_tokenizer(checkpoint["tokenizer"]), model.config
     rules = {"ar": {"log p": ()}, "clip": {"cosine": ()}}.get(config.objective) or {
         "monte-carlo": ("monte-carlo", draws, seed), "parallel": ("parallel",), "leave-one-out": ("leave-one-out",),

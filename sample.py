@@ -7,8 +7,7 @@
 
 An image is encoded once, then the decoder runs once a step on all captions of a batch. It is told how long a caption
 is (pads were hidden from it in training), so the length is chosen before the first word. A model of
-`train.py --objective ar` writes from left to right instead and ends by itself.
-"""
+`train.py --objective ar` writes from left to right instead and ends by itself."""
 import base64
 import functools
 import io
@@ -57,8 +56,7 @@ def load_captioner(path, device="cpu"):
 def choose_lengths(histogram, count, length="typical", generator=None):
     """Caption lengths in tokens, EOS included, for `count` images -> int tensor [count].
 
-    length: a number, "typical" (the median of histogram {length: captions}) or "draw" (drawn from it).
-    """
+    length: a number, "typical" (the median of histogram {length: captions}) or "draw" (drawn from it)."""
     if str(length).isdecimal():
         return torch.full((count,), int(length))
     lengths, weights = torch.tensor(sorted(histogram)), torch.tensor([histogram[n] for n in sorted(histogram)]).double()
@@ -73,8 +71,7 @@ def caption_images(model, images, lengths, steps=None, order="confidence", tempe
 
     images [B,S,S,3] uint8; lengths [B]: tokens of each caption, its EOS included; EOS also follows it. given: words to
     keep, as tokens [T] and mask [T], True at the blanks; lengths are T then. The rest is diffusion.denoise's. An
-    autoregressive model takes only temperature and generator.
-    """
+    autoregressive model takes only temperature and generator."""
     device, decoder, config = next(model.parameters()).device, model.decoder, model.config
     kv = decoder.read(model.encode(images.to(device)))
     if decoder.causal:
@@ -122,8 +119,7 @@ def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed
 
     features [B,N,D] from model.encode; captions: B lists of token ids with EOS, at most max_tokens long. rule, ratios:
     see diffusion.scoring_masks; the same seed gives all captions the same random masks. An autoregressive model has one
-    rule, the exact log p; of CLIP the score is the cosine.
-    """
+    rule, the exact log p; of CLIP the score is the cosine."""
     device, config = features.device, model.config
     lengths = [config.max_tokens if config.pads == "eos" else len(caption) for caption in captions]
     padded = [[*caption, *[config.eos] * (max(lengths) - len(caption))] for caption in captions]
@@ -146,8 +142,7 @@ def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed
 def length_terms(histogram, captions, config):
     """log p(length) [B] in nats of B token lists, from the training captions' histogram with one added to each length.
 
-    What a model with hidden pads, which is told the length, leaves out; zero where the score has it already.
-    """
+    What a model with hidden pads, which is told the length, leaves out; zero where the score has it already."""
     if config.objective != "mdc" or config.pads == "eos":
         return torch.zeros(len(captions), dtype=torch.float64)
     counts = torch.tensor([histogram.get(len(caption), 0) + 1 for caption in captions], dtype=torch.float64)

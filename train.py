@@ -7,8 +7,7 @@
 
 Typing the same command again continues a run that was stopped, bit for bit on a CPU. The global batch (--batch-size)
 is what counts: how it is split into processes and micro-batches changes speed and memory, not the result. OUT (default
-out/DATASET-MODEL-OBJECTIVE) gets ckpt.pt, ckpt-previous.pt, best.pt, log.jsonl, report.html and, last, samples.png.
-"""
+out/DATASET-MODEL-OBJECTIVE) gets ckpt.pt, ckpt-previous.pt, best.pt, log.jsonl, report.html and, last, samples.png."""
 import argparse
 import contextlib
 import ctypes
@@ -33,20 +32,9 @@ import torch.distributed.nn.functional
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import data
 import diffusion
-from data import (
-    EXCHANGE,
-    Batches,
-    Parser,
-    UserError,
-    check_least,
-    decode_caption,
-    open_split,
-    prepare,
-    random_stream,
-    replace_file,
-    run,
-)
+from data import Batches, UserError, decode_caption, open_split, random_stream, run
 from model import SIZES, Captioner, Config, flops
 from sample import captions_of, choose_lengths, data_uri, load_captioner, report, show_example, write_page
 
@@ -81,7 +69,7 @@ PEAKS = {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVID
 
 def parse_args(argv=None):
     """Command line -> (namespace with the data set's preset filled in, the preset)."""
-    parser = Parser(__doc__)
+    parser = data.Parser(__doc__)
     add = parser.add_argument_group("data (defaults of most options: the preset, printed first)").add_argument
     add("--dataset", default="shapes", help="name under DATA_DIR; presets: " + ", ".join(PRESETS) + " (others: cc3m's)")
     add("--data-dir", default="data", metavar="DIR", help="where data.py put the shards (default: data)")
@@ -147,9 +135,9 @@ def parse_args(argv=None):
         if getattr(args, name) is None and name not in given:
             setattr(args, name, value)
     args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
-    check_least(args, image_size=1, batch_size=1, captions_per_image=1, micro_batch=1, pairs=1, steps=1, save_every=1,
-                log_every=1, max_tokens=2, workers=0, warmup=0, encoder_start=0, weight_decay=0, seed=0, lr=0,
-                clip=0, eval_every=0, epochs=1e-9, t_min=0, mask_ratio=1e-9, crop_scale=1e-9)
+    data.check_least(args, image_size=1, batch_size=1, captions_per_image=1, micro_batch=1, pairs=1, steps=1,
+                     save_every=1, log_every=1, max_tokens=2, workers=0, warmup=0, encoder_start=0, weight_decay=0,
+                     seed=0, lr=0, clip=0, eval_every=0, epochs=1e-9, t_min=0, mask_ratio=1e-9, crop_scale=1e-9)
     if args.init and not os.path.isfile(args.init):
         raise UserError(f"--init {args.init}: no such file")
     args.ratios = {"bert": (args.mask_ratio,) * 2, "parallel": (1.0, 1.0)}.get(args.objective, (args.t_min, args.t_max))
@@ -193,8 +181,7 @@ def keep_memory():
     """Keep freed memory instead of returning it to Linux, and use huge pages; to be called before the first tensor.
 
     A step allocates and frees the same gigabytes again and again. By default each large tensor is mapped anew and paid
-    for page by page: a third of a step of `tiny` on a CPU.
-    """
+    for page by page: a third of a step of `tiny` on a CPU."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")            # PyTorch's switch for huge pages on the CPU
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -212,8 +199,7 @@ def split_batch(batch_size, world, micro_batch, contrastive=False):
     """Global batch -> number of equal micro-batches of each process, by default of at most 256 images.
 
     Raises UserError with the numbers if the images cannot be shared out equally, or if CLIP's would be split: each of
-    its captions is compared with all images of the batch.
-    """
+    its captions is compared with all images of the batch."""
     share = max(1, batch_size // world)
     micro = min(share, micro_batch or (share if contrastive else 256))
     if batch_size % world or share % micro:
@@ -261,19 +247,18 @@ def evaluate(model, batches, device, autocast, rank, world):
     """Validation on all processes, each with batches of its own, fixed times and masks -> dict of plain numbers.
 
     The training objective with the right images and with others of their batch: diffusion.image_gain. Of CLIP the loss
-    over all images at once, and diffusion.recall.
-    """
+    over all images at once, and diffusion.recall."""
     model.eval()
-    L, mine = model.config.max_tokens, []
+    L, clip, mine = model.config.max_tokens, model.config.objective == "clip", []
     for number, batch in enumerate(batches):
         batch = to_device(batch, device)
         B, T = batch["mask"].shape
         with autocast:
-            if model.config.objective == "clip":
-                captions = [tuple(row[:n]) for row, n in zip(batch["tokens"].tolist(), batch["length"], strict=True)]
-                mine.append((*(side.cpu() for side in model(*(batch[name] for name in INPUTS))), captions))
+            if clip:
+                captions = torch.nn.functional.pad(batch["tokens"], (0, L - T), value=model.config.eos)
+                mine.append([x.cpu() for x in (*model(*(batch[name] for name in INPUTS)), captions)])
                 continue
-            features, shift = model.encode(batch["images"]), random_stream(rank + number * world, EXCHANGE, 0)
+            features, shift = model.encode(batch["images"]), random_stream(rank + number * world, data.EXCHANGE, 0)
             exchanged = features.roll(1 + int(shift.integers(B - 1)), 0)
             losses = [model.decoder(model.decoder.read(seen), *(batch[name] for name in INPUTS[1:])).cpu().double()
                       for seen in (features, exchanged)]
@@ -281,19 +266,18 @@ def evaluate(model, batches, device, autocast, rank, world):
         table = [torch.zeros(B * L, dtype=torch.float64).index_copy(0, place, loss * weight) for loss in losses]
         mine.append((*(x.view(B, L) for x in table), batch["length"].cpu(), batch["ratio"].cpu(), losses[0]))
     model.train()
-    columns = [*zip(*gather(mine, world), strict=True)]
-    if model.config.objective == "clip":
-        image, text = map(torch.cat, columns[:2])
-        number = {caption: i for i, caption in enumerate(sum(columns[2], []))}            # equal captions are one
-        number = torch.tensor([number[caption] for caption in sum(columns[2], [])])
+    columns = map(torch.cat, zip(*gather(mine, world), strict=True))
+    if clip:
+        image, text, captions = columns
+        number = captions.unique(dim=0, return_inverse=True)[1]                           # equal captions are one
         return {"val_loss": float(diffusion.contrastive_loss(image, text))} | diffusion.recall(image, text, number)
-    return diffusion.image_gain(*map(torch.cat, columns))
+    return diffusion.image_gain(*columns)
 
 
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint; the ckpt.pt before it stays as ckpt-previous.pt. At every moment one of the two is whole."""
     try:
-        with replace_file(path) as file:
+        with data.replace_file(path) as file:
             torch.save(checkpoint, file)
             if path.name == "ckpt.pt" and path.exists():
                 os.replace(path, path.with_name("ckpt-previous.pt"))
@@ -303,10 +287,8 @@ def save_checkpoint(path, checkpoint):
 
 
 def find_checkpoint(args, digest):
-    """The run to continue: the checkpoint's dict, or None for a new run. Raises UserError if anything has changed.
-
-    digest: of the training shards, Shards.digest.
-    """
+    """The checkpoint to continue, or None; and why this run is refused, or None. digest: Shards.digest of the training
+    shards."""
     paths = [] if args.fresh else [Path(args.out) / name for name in ("ckpt.pt", "ckpt-previous.pt")]
     paths = [path for path in paths if path.exists()]
     for path in paths:
@@ -320,25 +302,22 @@ def find_checkpoint(args, digest):
                    for name, value in vars(args).items() if name not in MAY_CHANGE and options.get(name) != value]
         changed += ["the training shards were made anew"] * (checkpoint["shards"] != digest)
         if changed:
-            raise UserError(f"{path} is another run ({'; '.join(changed)}): repeat its options, or use --fresh or "
-                            "another --out")
+            return None, (f"{path} is another run ({'; '.join(changed)}): repeat its options, or use --fresh or "
+                          "another --out")
         print_main(f"continuing {path} at step {checkpoint['step']:,}")
-        return checkpoint
-    if paths:
-        raise UserError(f"no checkpoint in {args.out} can be read: start over with --fresh")
-    return None
+        return checkpoint, None
+    return None, f"no checkpoint in {args.out} can be read: start over with --fresh" if paths else None
 
 
 def start_from(path, model, tokenizer):
     """Load the weights of another run (--init); its captions may be shorter or longer, the rest has to be the same."""
     start, checkpoint = load_captioner(path)
-    weights, config, rows = start.state_dict(), start.config, start.config.max_tokens
-    own = model.decoder.positions.detach()
-    weights["decoder.positions"] = torch.cat([weights["decoder.positions"][:len(own)], own[rows:]])
-    if checkpoint["tokenizer"] != tokenizer or {k: v.shape for k, v in weights.items()} != {
-            k: v.shape for k, v in model.state_dict().items()}:
+    weights, config, own = start.state_dict(), start.config, model.decoder.positions.detach()
+    old, new = ((c.size, c.image_size, c.objective == "clip") for c in (config, model.config))
+    if checkpoint["tokenizer"] != tokenizer or old != new:
         raise UserError(f"--init {path} is a {config.size} ({config.objective}) for images of {config.image_size} px, "
                         f"tokenizer {checkpoint['tokenizer']['name']}: this run has to be the same")
+    weights["decoder.positions"] = torch.cat([weights["decoder.positions"], own[config.max_tokens:]])[:len(own)]
     model.load_state_dict(weights)
 
 
@@ -368,7 +347,7 @@ def main():
         if not (Path(args.data_dir) / "shapes" / split / "meta.json").exists():
             what = "waiting for the first process, which draws" if rank else "drawing"
             print(f"{what} the embedded data set, split {split}, into {args.data_dir}/shapes (once)", flush=True)
-            prepare("shapes", split, args.data_dir, image_size=args.image_size, tokenizer=args.tokenizer)
+            data.prepare("shapes", split, args.data_dir, image_size=args.image_size, tokenizer=args.tokenizer)
     train, val = (open_split(args.data_dir, args.dataset, split) for split in ("train", "val"))
     for made in (train.meta, val.meta):
         if made["tokenizer"] != train.meta["tokenizer"] or made["tokenizer"]["name"] != args.tokenizer or \
@@ -381,6 +360,8 @@ def main():
     if args.encoder_start >= args.steps and not args.bench:
         raise UserError(f"--encoder-start {args.encoder_start}: in {args.steps} steps the encoder would learn nothing; "
                         "use --encoder-start 0, or a longer run")
+    if args.warmup >= args.steps and not args.bench:
+        print_main(f"warning: --warmup {args.warmup}: in {args.steps} steps the learning rate never reaches its peak")
     accumulation = split_batch(args.batch_size, world, args.micro_batch, clip)
     lengths = Counter()                                           # of the captions as they are trained on, cut
     for length, count in train.lengths.items():
@@ -393,18 +374,12 @@ def main():
     # model and optimizer
     config = Config(args.model, args.image_size, train.tokenizer.n_vocab, args.max_tokens, train.tokenizer.eot_token,
                     args.pads, args.positions, args.objective if args.objective in ("ar", "clip") else "mdc")
-    checkpoint = refused = None
-    if rank == 0:
-        try:
-            checkpoint = find_checkpoint(args, train.digest)
-        except UserError as problem:
-            refused = problem
-    found = [checkpoint, (out / "final.json").exists(), refused]
+    found = [*find_checkpoint(args, train.digest), (out / "final.json").exists()] if rank == 0 else [None] * 3
     if world > 1:                                                 # the first process decides, the others need no disk
         dist.broadcast_object_list(found, device=torch.device("cpu"))
-    checkpoint, finished, refused = found
+    checkpoint, refused, finished = found
     if refused:
-        raise refused if rank == 0 else SystemExit(2)
+        raise UserError(refused) if rank == 0 else SystemExit(2)
     first, best, before = map(checkpoint.get, ("step", "best", "seconds")) if checkpoint else (0, math.inf, 0.0)
     started -= before
     if first == args.steps and finished:
@@ -433,7 +408,7 @@ def main():
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=device.type != "mps")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    use_compile = args.compile == "on" or (args.compile == "auto" and cuda and sys.platform != "win32")
+    use_compile = args.compile == "on" or (args.compile == "auto" and cuda)
     counts = [sum(p.numel() for p in part) / 1e6 for part in (
         model.encoder.parameters(), model.parameters(), (p for group in groups[::2] for p in group["params"]))]
     print_main("{}: {:.2f} M parameters in the encoder, {:.2f} M in all; weight decay on {:.2f} M; torch.compile {}"
@@ -601,11 +576,12 @@ def print_end(args):
                    f"{record['gain']:.3f} ± {record['gain_se']:.3f} more")
     if "exact" in record:
         print_main(f"{record['exact']:.1%} of the held-out captions are exactly right, every word of them")
-    what, data = f"--ckpt {args.out}/ckpt.pt", "shapes" if args.dataset == "shapes" else "cifar10 --source raw/cifar10"
+    what = f"--ckpt {args.out}/ckpt.pt"
+    labelled = "shapes" if args.dataset == "shapes" else "cifar10 --source raw/cifar10"
     use = '--score "a dog" "a red circle" photo.jpg' if args.objective == "clip" else \
         f"--dataset {args.dataset} --split val --trace --count 3"
     print_main(f"{record['minutes']:.1f} minutes; look at {args.out}/report.html and samples.png\nnext:\n"
-               f"  python sample.py {what} {use}\n  python probe.py {what} --dataset {data}")
+               f"  python sample.py {what} {use}\n  python probe.py {what} --dataset {labelled}")
 
 
 if __name__ == "__main__":

@@ -631,7 +631,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capsys):
     expected = build(tmp_path / "whole", source)["files"]
     folder = tmp_path / "out/set/train"
     folder.mkdir(parents=True)
-    for name in ("00000.shard", "00000.done.tmp", "samples.bin", "meta.json.tmp"):
+    for name in ("00000.shard.tmp", "00000.done.tmp", "samples.bin", "meta.json.tmp"):
         (folder / name).symlink_to("/dev/full")
         said = one_line(capsys, lambda: build(tmp_path / "out", source))
         assert "No space left" in said and "make room" in said

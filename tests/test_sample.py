@@ -220,3 +220,8 @@ def test_scores_have_all_columns(call, objective, columns):
     said = call(objective, "--score", "a dog", "a red dog on", "--draws", 3)
     heads = [line.split("  ") for line in said.splitlines() if line.endswith("   caption")]
     assert [[name.strip() for name in head if name] for head in heads] == [[*columns.split("|"), "caption"]] * 2
+
+
+def test_an_image_to_score_that_is_not_there_is_no_caption(call):
+    with pytest.raises(UserError, match="nowhere.jpg: no such file"):
+        call("mdc", "--score", "a dog", "nowhere.jpg")

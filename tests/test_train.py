@@ -12,6 +12,7 @@ from conftest import ROOT
 import diffusion
 import train
 from data import Batches, UserError, open_split
+from model import Captioner, Config
 
 TINY = (
     "--dataset",
@@ -242,8 +243,6 @@ def test_benchmark_saves_nothing(shapes, tmp_path, script):
 
 @pytest.mark.parametrize("objective", train.OBJECTIVES)
 def test_one_batch_overfits(shapes, objective):
-    from model import Captioner, Config
-
     split = open_split(shapes, "shapes", "train")
     torch.manual_seed(0)
     model = Captioner(Config("tiny", 16, split.tokenizer.n_vocab, 16, objective=objective))
@@ -334,6 +333,17 @@ def test_fine_tuning_starts_from_the_weights(finished, shapes, tmp_path, script)
     assert torch.equal(tuned["decoder.positions"][:16], weights(finished[0])["decoder.positions"])
 
 
+def test_fine_tuning_refuses_another_model(finished):
+    saved = torch.load(finished[0] / "ckpt.pt", weights_only=True)
+    for changed in ({"size": "S/16"}, {"image_size": saved["config"]["image_size"] * 2}, {"objective": "clip"}):
+        with torch.device("meta"):
+            model = Captioner(Config(**saved["config"] | changed))
+        with pytest.raises(UserError, match="this run has to be the same"):
+            train.start_from(finished[0] / "ckpt.pt", model, saved["tokenizer"])
+    with pytest.raises(UserError, match="this run has to be the same"):
+        train.start_from(finished[0] / "ckpt.pt", Captioner(Config(**saved["config"])), {"name": "gpt2"})
+
+
 def test_pads_that_are_tokens(shapes, tmp_path, script):
     out = tmp_path / "run"
     script("train.py", *TINY, "--data-dir", shapes, "--out", out, "--steps", 2, "--pads", "eos")
@@ -407,6 +417,8 @@ def test_probe_reports_the_floor(finished, shapes, script):
         (("probe.py", "--ckpt", "nowhere.pt", "--dataset", "shapes"), "no checkpoint"),
         (("data.py", "--dataset", "x", "--source", "nowhere/*.tar"), "nowhere/*.tar"),
         (("data.py", "--dataset", "x"), "--source"),
+        (("data.py", "--dataset", "x", "y", "--source", "assets"), "several are for --stats"),
+        (("data.py", "--dataset", "x", "--source", "assets", "--tokenizer", "words:many"), "words:many"),
     ],
 )
 def test_a_mistake_gets_one_line(command, words, script, tmp_path):
