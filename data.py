@@ -49,7 +49,7 @@ FORMAT = 2                                            # of the shards; raised wh
 RECORD = np.dtype([("key", "S48"), ("shard", "<i4"), ("start", "<i8"), ("image_bytes", "<i4"), ("tokens", "<i4"),
                    ("width", "<i4"), ("height", "<i4"), ("held_out", "|b1")])   # the size is that of the source
 HELD_OUT, HELD_OUT_MOST = 0.005, 10_000
-UNIT_SAMPLES = 2048                                   # in a shard of anything but tars; a tar becomes one shard
+UNIT_SAMPLES = 2048                                   # in a shard of drawings or of a table; a tar or a folder is one
 MAX_PIXELS, MAX_RATIO, MIN_SIDE, PPM_SIDE = 50_000_000, 10, 8, 64
 LEAST_STORED = 64                                     # so that crops of small images need not be enlarged
 IMAGE_TYPES, TEXT_TYPES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")

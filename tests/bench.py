@@ -5,8 +5,8 @@
     python tests/bench.py B/16 --batch-size 512    # on a GPU; prints the peak memory of each contestant too
 
 By hand; pytest does not collect it. Prints a table and one JSON line a row. Contestants are processes that take turns,
-a step each; a ratio is that of their median times in the same run, which holds on a noisy machine. Seconds do not. The
-peers are
+a step each; a ratio is the median of the turns' (of sampling: of the median times), which holds on a noisy machine,
+as seconds do not. The peers are
 
     P1  timm's VisionTransformer and torch.nn.TransformerDecoder, 64 padded tokens, logits everywhere, float32, eager
     P2  the same under bfloat16 autocast and torch.compile
