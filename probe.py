@@ -108,9 +108,8 @@ def compute_features(model, key, images, cache, batch_size=256):
     """Images of open_labelled -> mean patch features [n,D] float32, and labels (names) [n]; kept in the folder `cache`
     under a name made of the encoder's weights, its image size and `key`."""
     side, device = model.config.image_size, next(model.parameters()).device
-    digest = hashlib.blake2b(f"{model.config.size} {side} mean {key}".encode(), digest_size=16)
-    for value in model.encoder.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
+    weights = torch.nn.utils.parameters_to_vector(model.encoder.parameters()).cpu().numpy().tobytes()
+    digest = hashlib.blake2b(f"{model.config.size} {side} mean {key}".encode() + weights, digest_size=16)
     path = Path(cache, f"{digest.hexdigest()}.pt")
     if not path.exists():
         features, labels, images = [], [], iter(tqdm(images, desc="features", unit="image", dynamic_ncols=True))
@@ -120,8 +119,8 @@ def compute_features(model, key, images, cache, batch_size=256):
                 features.append(model.encode(torch.from_numpy(pixels).to(device)).mean(1).cpu())
                 labels += [label for label, _, _ in batch]
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((torch.cat(features), labels), f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        with data.replace_file(path) as file:
+            torch.save((torch.cat(features), labels), file)
     features, labels = torch.load(path, weights_only=True)
     return features, np.array(labels)
 
@@ -162,6 +161,7 @@ def fit_logistic(features, labels, classes, strengths, tolerance=1e-6, most_step
 
     v, loss, gradient, size = evaluate(torch.zeros_like(solution))
     step, change = -gradient, -gradient               # as if the curvature were 1, which it is nearly
+    bar = tqdm(total=S, desc="regressions", leave=False, dynamic_ncols=True, disable=S == 1)
     for _ in range(most_steps):
         curvature = torch.maximum(dot(step, change), 1e-14 * dot(step, step))         # less is lost in rounding
         along = dot(step, gradient) / curvature
@@ -174,6 +174,7 @@ def fit_logistic(features, labels, classes, strengths, tolerance=1e-6, most_step
         left = (size > tolerance).flatten()           # what has converged is dropped
         active, v, loss, gradient, size, step, change, decay, scale = (
             value[left] for value in (active, v, loss, gradient, size, step, change, decay, scale))
+        bar.update(S - bar.n - len(active))
         if not len(active):
             break
     else:
@@ -232,7 +233,7 @@ def linear_probe(train, labels, test, answers, seed=0, device="cpu", chosen=None
     classes = int(labels.max()) + 1
     minibatch = len(train) * classes > 1 << 23 if minibatch is None else minibatch
     train, test, labels, answers = (x.to(device) for x in (*standardize(train, test), labels, answers))
-    fit, values = (fit_minibatch, RATES) if minibatch else (fit_logistic, STRENGTHS)
+    fit, values, kind = (fit_minibatch, RATES, "lr") if minibatch else (fit_logistic, STRENGTHS, "C")
     found = {}
     if chosen is None:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(device)
@@ -240,8 +241,7 @@ def linear_probe(train, labels, test, answers, seed=0, device="cpu", chosen=None
         weights = fit(train[rest], labels[rest], classes, values)
         accuracies = [figures_of(w, train[held_out], labels[held_out])["top1"] for w in weights]
         found, chosen = {"held_out": max(accuracies)}, float(values[np.argmax(accuracies)])
-    found |= {"lr" if minibatch else "C": chosen}
-    return figures_of(fit(train, labels, classes, [chosen])[0], test, answers) | found
+    return figures_of(fit(train, labels, classes, [chosen])[0], test, answers) | found | {kind: chosen}
 
 
 def few_shots(train, labels, test, answers, shots, device="cpu", seeds=5):
