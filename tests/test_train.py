@@ -95,6 +95,7 @@ def test_a_run_tells_and_leaves_what_it_promises(finished, shapes):
         "python probe.py",
     ):
         assert words in said
+    assert "warning" not in said
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert (
         last["event"] == "final" and 0 <= last["exact"] <= 1 and math.isfinite(last["val_loss"]) and last["gain_se"] > 0
@@ -277,8 +278,9 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def test_the_encoder_waits_until_its_start(shapes, tmp_path, script):
     out = tmp_path / "run"
-    options = ("--steps", 4, "--save-every", 3, "--encoder-start", 3)
-    script("train.py", *TINY, "--data-dir", shapes, "--out", out, *options)
+    options = ("--steps", 4, "--save-every", 3, "--encoder-start", 3, "--warmup", 4)
+    said = script("train.py", *TINY, "--data-dir", shapes, "--out", out, *options).stdout
+    assert "never reaches its peak" in said, "a warm-up as long as the run is told"
     before, after = (torch.load(out / name, weights_only=True) for name in ("ckpt-previous.pt", "ckpt.pt"))
     torch.manual_seed(0)
     for name, value in train.Captioner(train.Config(**before["config"])).state_dict().items():
