@@ -297,11 +297,18 @@ def read_files(unit, types, skipped, pixels):
                     yield stem, kind, file.read(MAX_BYTES[kind] + 1)
 
 
+def clean_caption(text):
+    """Caption as it is learnt and scored: white space collapsed, and CC12M's <PERSON> as "person", one common word for
+    five odd pieces. "" if nothing is left."""
+    words = text.replace("\0", " ").replace("<PERSON>", "person").split()
+    return " ".join(words).encode(errors="replace").decode()
+
+
 def read_samples(unit, types, skipped, caption_key, pixels=MIN_SIDE):
     """Yield (key, {type: bytes}, captions) of a unit's samples, counting in `skipped` those without a usable caption.
 
     Captions are JSON's `caption_key`, or if that is None JSON's "captions", KEY.txt or JSON's "caption", the first that
-    is there; white space is collapsed. CC12M's <PERSON> becomes "person", one common word for five odd pieces."""
+    is there."""
     for stem, group in itertools.groupby(read_files(unit, types, skipped, pixels), lambda file: file[0]):
         files = {}
         for _, kind, content in group:
@@ -314,8 +321,7 @@ def read_samples(unit, types, skipped, caption_key, pixels=MIN_SIDE):
             record = record if isinstance(record, dict) else {}
             found = record.get(caption_key) if caption_key else record.get("captions") or text or record.get("caption")
             texts = [text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
-            texts = [text.replace("\0", " ").replace("<PERSON>", "person").split() for text in texts]
-            captions = [" ".join(words).encode(errors="replace").decode() for words in texts if words]
+            captions = list(filter(None, map(clean_caption, texts)))
             if not captions:
                 raise BadSample("no caption")
         except BadSample as reason:

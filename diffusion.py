@@ -234,11 +234,13 @@ def scoring_masks(rule, length, noise=None, u=0.0, ratios=(0.0, 1.0)):
 
 
 @torch.no_grad()
-def log_likelihood(predict, tokens, valid, rule="parallel", noise=None, u=0.0, ratios=(0.0, 1.0)):
-    """Scores of captions in nats, summed over tokens: tokens and valid [B,T] -> [B] float64; the rest: scoring_masks.
+def log_likelihood(predict, tokens, valid, rule="parallel", draws=None, ratios=(0.0, 1.0)):
+    """Scores of captions in nats, summed over tokens: tokens and valid [B,T] -> [B] float64.
 
-    predict is denoise's. An autoregressive one, which ignores the mask, makes "parallel" the exact log p."""
-    plans = [scoring_masks(rule, length, noise, u, ratios) for length in valid.sum(1).tolist()]
+    rule, ratios and of each caption the draw (noise, u): scoring_masks. predict is denoise's; an autoregressive one,
+    which ignores the mask, makes "parallel" the exact log p."""
+    draws = draws or [()] * len(tokens)
+    plans = [scoring_masks(rule, int(own.sum()), *draw, ratios=ratios) for own, draw in zip(valid, draws, strict=True)]
     total, T = torch.zeros(len(tokens), dtype=torch.float64), tokens.shape[1]
     for s in range(max(len(weights) for _, weights in plans)):
         mask, weights = torch.zeros(valid.shape, dtype=torch.bool), torch.zeros(len(plans), dtype=torch.float64)

@@ -9,18 +9,19 @@ Linear probe: the features of an image are the mean of its patch tokens after th
 once, in float32, from the central square without augmentation, then standardized with the training images' mean and
 deviation. On them a multinomial logistic regression is fitted to convergence. Its L2 strength is chosen out of 45 on a
 held-out tenth of the training images, then it is fitted again on all of them, and the test images are looked at once.
-Beside every figure stands the same encoder at random initialization: the floor, and on small pictures a high one.
+Beside every figure stands the same encoder before its training: the floor, and on small pictures a high one.
 Also tried, on CIFAR-10: the mean before the LayerNorm is as good, and mean and deviation (or maximum) together are 2 to
 5 points better, as much for the random encoder as for trained ones: so the mean it is.
 
 Compositionality: of each item's captions the true one, the first, has to score highest, strictly. Every score is also
-taken with other images in place of the right one (`blind`): what is right there is the language's doing, not sight's.
+taken with other images in place of the right one (`blind`): what is right there is not the doing of sight.
 """
 import hashlib
 import io
 import itertools
 import json
 import os
+import re
 import tarfile
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -51,15 +52,15 @@ Item = namedtuple("Item", "image box group options")  # box: left, top, right, b
 def open_labelled(source, dataset, split):
     """What identifies the images of a split, "train" or "test", and an iterator over their (label, name, image), which
     is a file name, file or PIL image. Raises UserError if nothing fits the layout, with what was found."""
-    source, names = Path(source), ["train"] if split == "train" else ["test", "val"]
+    source, names, digits = Path(source), ["train"] if split == "train" else ["test", "val"], re.sub(r"\D", "", dataset)
     forms = [source / form for name in names for form in (name, f"{name}.tar", f"{dataset}-{name}.tar")]
-    forms += [source] if source.is_file() else sorted(source.glob("cifar*-binary.tar.gz"))
+    forms += [source] if source.suffix == ".gz" else sorted(source.glob(f"cifar*{digits}-binary.tar.gz"))
     found = next((path for path in forms if path.exists()), source)
     if found.is_dir():                                # every file counts: an evaluation never drops samples silently
         files = sorted(file for file in found.glob("*/[!.]*") if file.is_file() and found != source)
         images = ((file.parent.name, str(file), str(file)) for file in files)
     else:
-        files, images = [found], read_archive(found, split) if found.exists() else iter(())
+        files, images = [found], read_archive(found, split) if found in forms else iter(())
     if not (first := next(images, None)):
         inside = ", ".join(sorted(os.listdir(found))[:8]) if found.is_dir() else "nothing of the kind"
         raise UserError(f"--source {source}: expected {names[-1]}/CLASS/image.jpg, or {forms[2].name} with "
@@ -70,7 +71,7 @@ def open_labelled(source, dataset, split):
 
 def read_archive(path, split):
     """Iterate over a tar of CLASS/image, or CIFAR-10's or -100's binary archive, as open_labelled does. Nothing is
-    extracted: links and devices are passed over, and of a name only the last folder is used."""
+    extracted: links and devices are refused, and of a name only the last folder is used."""
     try:
         with tarfile.open(path) as tar:
             for member in itertools.takewhile(lambda member: member.size >= 0, tar):        # below 0 tarfile goes round
@@ -84,6 +85,8 @@ def read_archive(path, split):
                     for i, row in enumerate(rows):
                         pixels = np.ascontiguousarray(row[-3072:].reshape(3, 32, 32).transpose(1, 2, 0))
                         yield f"{row[-3073]:03}", f"{name} {i}", Image.fromarray(pixels)
+                elif not (member.isreg() or member.isdir()):
+                    raise tarfile.ReadError(f"{member.name} is a link or a device")
             tar.fileobj.seek(tar.offset)              # tarfile takes a damaged header for the end; the end is zeros
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("it is cut short or damaged")
@@ -213,6 +216,8 @@ def figures_of(weights, test, labels):
 def number_classes(train, test):
     """Class names [n] of both splits -> their numbers [n] among those of `train`. Raises UserError for unknown ones."""
     names, labels = np.unique(train, return_inverse=True)
+    if len(names) < 2:
+        raise UserError(f"all training images are of class {names[0]}, the last folder of their names")
     if unknown := sorted(set(test) - set(names)):
         raise UserError(f"test images of classes without training images: {', '.join(unknown[:5])}")
     return torch.from_numpy(labels), torch.from_numpy(np.searchsorted(names, test))
@@ -246,7 +251,9 @@ def linear_probe(train, labels, test, answers, seed=0, device="cpu", chosen=None
 
 def few_shots(train, labels, test, answers, shots, device="cpu", seeds=5):
     """Linear probe from `shots` images a class, C = 1: mean and standard deviation of top-1 over draws of them."""
-    accuracies = []
+    accuracies, least = [], int(labels.bincount().min())
+    if not 0 < shots <= least:
+        raise UserError(f"--shots {shots}: expected numbers from 1 to {least}, the images of the smallest class")
     for seed in range(seeds):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         rows = torch.cat([order[labels[order] == c][:shots] for c in labels.unique()])
@@ -289,11 +296,12 @@ def read_items(dataset, source, folder):
             rows = json.loads(file.read_text(encoding="utf-8"))
             for row in rows.values() if isinstance(rows, dict) else rows:
                 options = row["options"] if dataset == "options" else [row[field] for field in fields]
-                if len(options) < 2 or not all(isinstance(option, str) and option for option in options):
+                options = [data.clean_caption(option) for option in options]
+                if len(options) < 2 or not all(options):
                     raise ValueError("an item needs two captions or more")
                 name = row[group] if group else file.stem
                 x, y, w, h = (int(row.get(f"bbox_{field}", 0)) for field in "xywh")
-                items.append(Item(os.path.join(folder, row[image]), (x, y, x + w, y + h) if w else None,
+                items.append(Item(os.path.join(folder, row[image]), (x, y, x + w, y + h) if "bbox_w" in row else None,
                                   name if isinstance(name, str) else "_".join(name), options))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
         raise UserError(f"--source {source}: no {dataset} annotations ({type(problem).__name__}: {problem})") from None
@@ -305,9 +313,9 @@ def score_items(model, checkpoint, items, find_image, draws=32, seed=0, batch_si
     """Scores of all captions of all items, with the right image and with others; find_image(item.image): file or image.
 
     Returns {rule: (real, blind)} in nats summed over tokens, lengths in tokens, log p(length) of the training captions,
-    all [items,options] (-inf where an item has fewer options), and the number of each item's image [items]. blind is
-    the log-mean-exp over other images: all stand in a random circle, and an item is scored with those that come after
-    its own. So a batch of items needs a stretch of the circle, and an image is read and encoded about once."""
+    all [items,options] (-inf where an item has fewer options). blind is the log-mean-exp over other images: all stand
+    in a random circle, and an item is scored with those that come after its own. So a batch of items needs a stretch
+    of the circle, and an image is read and encoded about once."""
     tokenizer, config = data.load_tokenizer(checkpoint["tokenizer"]), model.config
     rules = {"ar": {"log p": ()}, "clip": {"cosine": ()}}.get(config.objective) or {
         "monte-carlo": ("monte-carlo", draws, seed), "parallel": ("parallel",), "leave-one-out": ("leave-one-out",),
@@ -332,16 +340,18 @@ def score_items(model, checkpoint, items, find_image, draws=32, seed=0, batch_si
         tokens = [[*ids, config.eos] for ids in tokens]
         lengths[i, j], terms[i, j] = list(map(len, tokens)), length_terms(checkpoint["lengths"], tokens, config)
         for (rule, arguments), shift in itertools.product(rules.items(), range(1 + exchanges)):
-            scores[rule][shift, i, j] = score_captions(model, features[owner[i] - first + shift], tokens, *arguments)
+            seen = features[owner[i] - first + shift]
+            scores[rule][shift, i, j] = score_captions(model, seen, tokens, *arguments, items=i)
     if full := int((lengths == config.max_tokens).sum()):
         print(f"note: {full} captions fill the model's {config.max_tokens} tokens; longer ones were cut")
     scores = {rule: (s[0], np.logaddexp.reduce(s[1:]) - np.log(exchanges)) for rule, s in scores.items()}
-    return scores, lengths, terms, owner
+    return scores, lengths, terms
 
 
-def report_items(dataset, items, scores, lengths, terms, owner):
+def report_items(dataset, items, scores, lengths, terms):
     """Print accuracies in percent by rule and group, and return them; scores, ... are what score_items returns."""
     names, record = np.array([item.group for item in items]), {}
+    owner = np.unique([str(item.image) for item in items], return_inverse=True)[1]
     groups = {group: np.flatnonzero(names == group) for group in dict.fromkeys(names.tolist())}
     if dataset == "aro-attribution":                  # ARO's rule
         groups = {group: numbers for group, numbers in groups.items() if len(numbers) >= 25}
@@ -405,7 +415,7 @@ def main_compositionality(args, model, checkpoint):
 
 def main_probe(args, model, checkpoint):
     """Probe the trained and the random encoder and print their figures; returns them."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(checkpoint["options"]["seed"])  # as train.py did: the encoder before its training
     encoders = {"trained": model, "random": Captioner(model.config).to(args.device).eval()}
     shapes, features, labels, results = args.dataset == "shapes", {}, {}, defaultdict(dict)
     for split, limit in (("train", args.limit or (200 if shapes else None)), ("test", None)):
@@ -459,11 +469,9 @@ def main():
     add("--allow-missing", action="store_true", help="leave out items whose image is not there, naming them")
     add("--export", metavar="FILE", help="write the encoder alone, for timm, and do nothing else")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
-    add("--seed", type=int, default=0, help="of the random encoder, the held-out tenth, the masks (default: 0)")
+    add("--seed", type=int, default=0, help="of the held-out tenth, of --limit and of the masks (default: 0)")
     args = parser.parse_args()
     data.check_least(args, limit=20, samples=1, seed=0)
-    if min(args.shots, default=1) < 1:
-        raise UserError("--shots: expected numbers of at least 1, for example 1,5,10")
     model, checkpoint = load_captioner(args.ckpt, args.device)
     if args.export:
         export_encoder(model, args.export)

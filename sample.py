@@ -114,12 +114,13 @@ def read_prompt(prompt, tokenizer, longest):
 
 
 @torch.no_grad()
-def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed=0, ratios=(0.0, 1.0)):
+def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed=0, ratios=(0.0, 1.0), items=None):
     """How well captions fit images -> [B] float64, in nats summed over tokens; higher is better.
 
     features [B,N,D] from model.encode; captions: B lists of token ids with EOS, at most max_tokens long. rule, ratios:
-    see diffusion.scoring_masks; the same seed gives all captions the same random masks. An autoregressive model has one
-    rule, the exact log p; of CLIP the score is the cosine."""
+    see diffusion.scoring_masks. items: B numbers; captions of the same one, which are compared (default: all), get the
+    same random masks, others their own, so that their errors average out. An autoregressive model has one rule, the
+    exact log p; of CLIP the score is the cosine."""
     device, config = features.device, model.config
     lengths = [config.max_tokens if config.pads == "eos" else len(caption) for caption in captions]
     padded = [[*caption, *[config.eos] * (max(lengths) - len(caption))] for caption in captions]
@@ -133,10 +134,11 @@ def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed
         inputs, mask = diffusion.shift_right(tokens) if model.decoder.causal else (tokens, mask)
         return model.decoder(kv, inputs, mask, valid, None, where)
 
-    rng = data.random_stream(seed, data.SCORING, 0)
-    noise, u = torch.from_numpy(rng.random((draws, config.max_tokens))), rng.random()
+    items = [0] * len(captions) if items is None else [int(item) for item in items]
+    rngs = {item: data.random_stream(seed, data.SCORING, item) for item in items}
+    masks = {item: (torch.from_numpy(r.random((draws, config.max_tokens))), r.random()) for item, r in rngs.items()}
     rule = "parallel" if model.decoder.causal else rule
-    return diffusion.log_likelihood(predict, tokens, valid, rule, noise, u, ratios)
+    return diffusion.log_likelihood(predict, tokens, valid, rule, [masks[item] for item in items], ratios)
 
 
 def length_terms(histogram, captions, config):
@@ -153,7 +155,7 @@ def length_terms(histogram, captions, config):
 def print_scores(model, checkpoint, tokenizer, names, images, captions, draws, seed):
     """For every image the captions, best first (length included), with the scores of all rules in nats."""
     longest, objective = model.config.max_tokens, model.config.objective
-    tokens = [[*tokenizer.encode_ordinary(caption), tokenizer.eot_token] for caption in captions]
+    tokens = [[*tokenizer.encode_ordinary(data.clean_caption(text)), tokenizer.eot_token] for text in captions]
     if max(map(len, tokens)) > longest:
         raise UserError(f"--score: expected captions of at most {longest} tokens, EOS included")
     lengths, lengthy = torch.tensor([*map(len, tokens)]), length_terms(checkpoint["lengths"], tokens, model.config)
@@ -242,6 +244,7 @@ def score_files(made, given):
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as problem:
         raise UserError(f"--score-files: {type(problem).__name__}: {problem}; expected {{image: caption}} and {{image: "
                         "[captions]}, every image of the first in the second") from None
+    print(f"{len(pairs):,} captions made, references given for {len(given):,} images")
     print_metrics(*zip(*pairs, strict=True))
 
 
@@ -256,8 +259,8 @@ def write_page(template, path, content):
     """Fill a template of assets/ with JSON-ready content, which cannot end its script, and write it atomically."""
     page = (Path(__file__).parent / "assets" / template).read_text(encoding="utf-8")
     page = page.replace("/* DATA */ null", json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))
-    Path(f"{path}.tmp").write_text(page, encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
+    with data.replace_file(path) as file:
+        file.write(page.encode())
 
 
 def watch(model, tokenizer, states, budget):

@@ -58,8 +58,9 @@ def nats_a_token(model, checkpoint):
     val = data.open_split("data", "shapes", "val")
     batch = data.Batches(val, SCORED, model.config.image_size, model.config.max_tokens, 0, augment=False)[0]
     captions = [row[valid].tolist() for row, valid in zip(batch["tokens"], batch["valid"], strict=True)]
+    numbers = range(len(captions))
     with torch.no_grad():
-        scores = sample.score_captions(model, model.encode(batch["images"]), captions, draws=DRAWS)
+        scores = sample.score_captions(model, model.encode(batch["images"]), captions, draws=DRAWS, items=numbers)
     scores += sample.length_terms(checkpoint["lengths"], captions, model.config)
     return -float(scores.sum()) / sum(map(len, captions))
 

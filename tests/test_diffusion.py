@@ -304,9 +304,10 @@ def test_the_estimator_has_the_exact_bound_as_its_mean_and_jensen_holds():
     predict, V, T = predictor(3), 3, 3
     captions = torch.tensor(list(itertools.product(range(V), repeat=T)))
     valid, generator = torch.ones_like(captions, dtype=torch.bool), torch.Generator().manual_seed(0)
+    noise, shifts = torch.rand(400, 4, T, generator=generator), torch.rand(400, generator=generator)
     draws = torch.stack([
-        diffusion.log_likelihood(predict, captions, valid, "monte-carlo", torch.rand(4, T, generator=generator), u)
-        for u in torch.rand(400, generator=generator).tolist()
+        diffusion.log_likelihood(predict, captions, valid, "monte-carlo", [draw] * len(captions))
+        for draw in zip(noise, shifts.tolist(), strict=True)
     ])
     exact = torch.tensor([exact_bound(predict, x) for x in captions], dtype=torch.float64)
     error = draws.std(0) / 20

@@ -129,6 +129,14 @@ def test_score_does_not_depend_on_the_other_captions(model, causal):
             torch.testing.assert_close(both, torch.cat(alone), atol=1e-3, rtol=1e-4)
 
 
+def test_captions_of_an_item_share_their_masks_and_those_of_others_do_not(model):
+    """Two captions can be compared with few masks, and the noise of the masks averages out over items."""
+    torch.nn.init.normal_(model.decoder.head.weight)
+    features = model.encode(torch.randint(256, (1, 16, 16, 3), dtype=torch.uint8)).expand(3, -1, -1)
+    scores = score_captions(model, features, [[1, 2, 3, 4, 5, 49]] * 3, draws=2, items=[4, 4, 5])
+    assert abs(scores[0] - scores[1]) < 1e-3 < 1e-2 < abs(scores[0] - scores[2])
+
+
 def test_clip_scores_are_cosines(batch):
     model = Captioner(Config("tiny", 16, 50, 12, eos=49, objective="clip")).eval()
     features = model.encode(batch["images"])

@@ -70,6 +70,9 @@ def test_figures_of_a_probe():
     assert probe.linear_probe(x, shuffled, test, test_labels)["top1"] < 0.45, "nothing to learn, yet learned"
     means = [probe.few_shots(x, labels, test, test_labels, shots)[0] for shots in (1, 5, 50)]
     assert 0.33 < means[0] < means[1] < means[2] <= figures["top1"] + 0.02
+    for wrong in (0, 500):
+        with pytest.raises(UserError, match=f"--shots {wrong}: expected numbers from 1 to"):
+            probe.few_shots(x, labels, test, test_labels, wrong)
     assert probe.nearest_neighbours(x, labels, test, test_labels) > 0.55
 
 
@@ -77,7 +80,9 @@ def test_classes_are_numbered_alike_in_both_splits():
     train, test = probe.number_classes(["cat", "dog", "ant", "cat"], ["dog", "dog", "ant"])
     assert train.tolist() == [1, 2, 0, 1] and test.tolist() == [2, 2, 0]
     with pytest.raises(UserError, match="without training images: eel"):
-        probe.number_classes(["cat"], ["cat", "eel"])
+        probe.number_classes(["cat", "dog"], ["cat", "eel"])
+    with pytest.raises(UserError, match="all training images are of class images,"):
+        probe.number_classes(["images"] * 2, ["images"])
 
 
 def test_mean_per_class_weighs_classes_alike():
@@ -130,30 +135,34 @@ def test_tar_and_folder_are_the_same_and_a_bad_image_is_named(pets):
 
 def test_a_wrong_layout_is_shown_beside_the_right_one(pets):
     (pets / "set-train.tar").rename(pets / "pictures.tar")
-    for source in (pets, pets / "nothing"):
+    for source in (pets, pets / "nothing", pets / "pictures.tar"):
         with pytest.raises(UserError, match="train/CLASS/image.jpg, or set-train.tar .* found in ") as caught:
             probe.open_labelled(source, "set", "train")
         assert "\n" not in str(caught.value) and ("pictures.tar, test" in str(caught.value)) == (source == pets)
+    with pytest.raises(UserError, match="found in .*pictures.tar"):
+        probe.open_labelled(pets / "pictures.tar", "set", "test")
 
 
 def test_a_hostile_tar_does_no_harm(pets):
-    """Links, devices and names that lead out of the folder are passed over or are only names; damage is an error."""
+    """Names that lead out of the folder are only names; links, devices and damage are errors."""
     path, outside = pets / "set-train.tar", pets / "outside.png"
     with tarfile.open(path, "w") as tar:
-        add(tar, "cat/link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        add(tar, "cat/hard.png", type=tarfile.LNKTYPE, linkname="../outside.png")
-        add(tar, "cat/device.png", type=tarfile.CHRTYPE)
-        add(tar, "cat/pipe.png", type=tarfile.FIFOTYPE)
         add(tar, "../../dog/outside.png", png(1, 2, 3))
         add(tar, "/tmp/ant/1.png", png(1, 2, 3))
     assert [label for label, _ in squares(probe.open_labelled(pets, "set", "train"))] == ["dog", "ant"]
     assert not outside.exists()
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+        with tarfile.open(path.with_name("link-train.tar"), "w") as tar:
+            add(tar, "cat/1.png", png(1, 2, 3))
+            add(tar, "cat/2.png", type=kind, linkname="../outside.png")
+        with pytest.raises(UserError, match="cat/2.png is a link or a device"):
+            squares(probe.open_labelled(pets, "link", "train"))
     whole = path.read_bytes()
     backwards = bytearray(whole)  # a member of -512 bytes, which sends tarfile to the same member for ever
-    backwards[2048 + 124 : 2048 + 136] = (-512).to_bytes(12, "big", signed=True)
-    backwards[2048 + 148 : 2048 + 156] = b" " * 8
-    backwards[2048 + 148 : 2048 + 156] = b"%06o\0 " % sum(backwards[2048:2560])
-    for damaged in (whole[:700], whole[:1536], b"\xff" * 2000, whole[:3072] + b"x" * 512 + whole[3584:], backwards):
+    backwards[124:136] = (-512).to_bytes(12, "big", signed=True)
+    backwards[148:156] = b" " * 8
+    backwards[148:156] = b"%06o\0 " % sum(backwards[:512])
+    for damaged in (whole[:700], whole[:1024], b"\xff" * 2000, whole[:1024] + b"x" * 512 + whole[1536:], backwards):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="set-train.tar"):
             squares(probe.open_labelled(pets, "set", "train"))
@@ -169,7 +178,6 @@ def test_cifars_binary_archive(tmp_path, labels, files):
     rng, pixels = np.random.default_rng(0), {}
     archive = tmp_path / "cifar-10-binary.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        add(tar, f"cifar/{files[0]}", type=tarfile.SYMTYPE, linkname="/etc/passwd")
         for name in files:
             rows = rng.integers(0, 256, (4, labels + 3072), dtype=np.uint8)
             rows[:, labels - 1] = [3, 1, 3, 7]
@@ -179,6 +187,8 @@ def test_cifars_binary_archive(tmp_path, labels, files):
         for source in (archive, tmp_path):
             found = squares(probe.open_labelled(source, "cifar10", split), 32)
             assert [label for label, _ in found] == ["003", "001", "003", "007"] and found[2][1] == pixels[file]
+    with pytest.raises(UserError, match="expected val/CLASS"):
+        probe.open_labelled(tmp_path, "cifar100", "test")
     archive.write_bytes(archive.read_bytes()[:-3000])
     with pytest.raises(UserError, match="cannot be read"):
         squares(probe.open_labelled(tmp_path, "cifar10", "test"), 32)
@@ -292,7 +302,7 @@ def test_swaps_exchange_what_they_say(shapes):
 
 
 def test_official_files_are_read(tmp_path):
-    sugar = {"0": {"filename": "1.jpg", "caption": "a dog", "negative_caption": "a cat"}}
+    sugar = {"0": {"filename": "1.jpg", "caption": "a  dog ", "negative_caption": "a cat"}}
     (tmp_path / "swap_obj.json").write_text(json.dumps(sugar))
     item = (f"{tmp_path}/1.jpg", None, "swap_obj", ["a dog", "a cat"])
     assert probe.read_items("sugarcrepe", tmp_path, tmp_path) == [item]
@@ -316,10 +326,10 @@ def test_official_files_are_read(tmp_path):
 def report(dataset, groups, scores, owner=None, **arrays):
     """report_items of one rule, with blind scores of 0; all lengths are 1 unless given."""
     scores = np.array(scores, dtype=float)
-    items = [probe.Item("x", None, group, ["a", "b"]) for group in groups]
+    owner = range(len(groups)) if owner is None else owner
+    items = [probe.Item(image, None, group, ["a", "b"]) for image, group in zip(owner, groups, strict=True)]
     lengths, terms = arrays.get("lengths", np.ones(scores.shape)), arrays.get("terms", np.zeros(scores.shape))
-    owner = np.arange(len(items)) if owner is None else np.array(owner)
-    return probe.report_items(dataset, items, {"log p": (scores, scores * 0)}, lengths, terms, owner)["log p"]
+    return probe.report_items(dataset, items, {"log p": (scores, scores * 0)}, lengths, terms)["log p"]
 
 
 def test_ties_lose_and_means_are_macro():
