@@ -288,7 +288,8 @@ def read_files(unit, types, skipped, pixels):
     elif kind == "tar":
         yield from read_tar(place, types, skipped)
     else:
-        for name, captions in rest if kind == "table" else [(name, None) for name in sorted(os.listdir(place))]:
+        names = rest if kind == "table" else [(name, None) for name in sorted(os.listdir(place), key=split_name)]
+        for name, captions in names:
             (stem, kind), path = split_name(name), os.path.join(place, name)
             if captions:
                 yield stem, "json", json.dumps({"captions": captions}).encode()

@@ -130,6 +130,7 @@ def test_all_layouts_give_the_same_samples(tmp_path):
         (photos / f"{i}.jpg").write_bytes(jpeg())
     for name, content in members:
         (files / name).write_bytes(content)
+    (files / "0.js.txt").write_text(" ")  # by name between 0.jpg and 0.json
     rows = [(i, caption) for i, both in enumerate(captions) for caption in both]
     (tmp_path / "captions.txt").write_text("image,caption\n" + "".join(f'{i}.jpg,"{c}"\n' for i, c in rows))
     (tmp_path / "flickr.token.txt").write_text("".join(f"{i}.jpg#{n % 2}\t{c}\n" for n, (i, c) in enumerate(rows)))
