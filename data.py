@@ -288,8 +288,8 @@ def read_files(unit, types, skipped, pixels):
     elif kind == "tar":
         yield from read_tar(place, types, skipped)
     else:
-        names = rest if kind == "table" else [(name, None) for name in sorted(os.listdir(place), key=split_name)]
-        for name, captions in names:
+        names = sorted(os.listdir(place), key=lambda name: (split_name(name), name)) if kind == "folder" else ()
+        for name, captions in rest if kind == "table" else zip(names, itertools.repeat(None)):
             (stem, kind), path = split_name(name), os.path.join(place, name)
             if captions:
                 yield stem, "json", json.dumps({"captions": captions}).encode()
