@@ -220,9 +220,8 @@ def number_classes(train, test, shots=()):
     """Class names [n] of both splits -> their numbers [n] among those of `train`. Raises UserError for names that only
     `test` has, a single class, and more `shots` than a class has images."""
     names, labels = np.unique(train, return_inverse=True)
-    if wrong := [k for k in shots if not 0 < k <= np.bincount(labels).min()]:
-        raise UserError(f"--shots {wrong[0]}: expected numbers from 1 to {np.bincount(labels).min()}, the training "
-                        "images of the smallest class")
+    if max(shots, default=0) > (least := np.bincount(labels).min()):
+        raise UserError(f"--shots {max(shots)}: the smallest class has {least} training images")
     if len(names) < 2:
         raise UserError(f"all training images are of class {names[0]}, the last folder of their names")
     if unknown := sorted(set(test) - set(names)):
@@ -477,6 +476,8 @@ def main():
     add("--seed", type=int, default=0, help="of the held-out tenth, of --limit and of the masks (default: 0)")
     args = parser.parse_args()
     data.check_least(args, limit=20, samples=1, seed=0)
+    if min(args.shots, default=1) < 1:
+        raise UserError("--shots: expected numbers of at least 1, for example 1,5,10")
     model, checkpoint = load_captioner(args.ckpt, args.device)
     if args.export:
         export_encoder(model, args.export)
