@@ -87,24 +87,24 @@ def shift_right(tokens):
     return tokens.roll(1, 1), mask
 
 
-def training_batch(batch, objective, batch_size, mean_length=None, ratios=(0.5, 1.0), schedule="linear", flat=False):
+def training_batch(batch, objective, batch_size, mean_length, ratios=(0.5, 1.0), schedule="linear", flat=False):
     """What the model is given and must answer: the forward process on a batch of data.Batches, run in its workers.
 
     ratios       smallest and largest expected share of masked tokens; one and the same for BERT, (1, 1) for parallel
     flat         True leaves the weight out (ablation, of more than one ratio)
-    mean_length  what a caption has on average, a constant of the data set: each *token* weighs the same. None: each
-                 *caption* weighs the same, as in CapPa. Never the count of masked tokens, which would cancel the 1/t
+    mean_length  tokens a caption has on average, a constant of the data set: each *token* weighs the same. Never the
+                 count of masked tokens, which would cancel the 1/t
     batch_size   captions in the global batch, so that its loss is the sum of its parts', whatever their number
 
     Adds mask [B,T], rows [M] (flat positions of the real tokens), where, targets and weight [K] (those with a loss)
     and ratio [K], the share of the caption that was hidden when this token was asked for."""
-    tokens, valid, length, per_token = batch["tokens"], batch["valid"], batch["valid"].sum(1), torch.ones(())
+    tokens, valid, per_token = batch["tokens"], batch["valid"], torch.ones(())
     if objective == "clip":
         inputs, mask, ratio = tokens, torch.zeros_like(valid), torch.zeros(valid.shape)
         asked = mask
     elif objective == "ar":
         inputs, mask = shift_right(tokens)
-        asked, ratio = valid, 1 - torch.arange(valid.shape[1]) / length[:, None]
+        asked, ratio = valid, 1 - torch.arange(valid.shape[1]) / valid.sum(1)[:, None]
     else:
         alpha, (low, high) = SCHEDULES[schedule], (time_of(end, SCHEDULES[schedule]) for end in ratios)
         t = stratified_times(batch["u"], batch["index"], batch_size, low, high)
@@ -114,7 +114,7 @@ def training_batch(batch, objective, batch_size, mean_length=None, ratios=(0.5, 
             per_token = 1 / ratio[:, 0]
         elif not flat:                                # so that a token weighs 1 on average in every schedule
             per_token = weight(t, alpha) * (high - low) / (ratios[1] - ratios[0])
-    per_token = (per_token / batch_size / (mean_length or length)).expand(len(tokens))
+    per_token = (per_token / batch_size / mean_length).expand(len(tokens))
     where = asked.flatten().nonzero().squeeze(1)
     return batch | {"tokens": inputs, "mask": mask, "rows": valid.flatten().nonzero().squeeze(1), "where": where,
                     "targets": tokens.flatten()[where], "ratio": ratio.expand(valid.shape).flatten()[where].float(),
@@ -139,7 +139,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
         padded = x.new_zeros(-(-V // 64) * 64, x.shape[1])
         padded[:V] = weight
-        logits, losses, chunk = x @ padded.T, bias.new_empty(len(x)), 1 + 2 ** 20 // V
+        logits, losses = x @ padded.T, bias.new_empty(len(x))
+        chunk = 1 + (2 ** 20 if device == "cpu" else 2 ** 24) // V          # a CPU's cache; a GPU wants few launches
         for first in range(0, len(x), chunk):
             rows, target = logits[first:first + chunk, :V], targets[first:first + chunk, None]
             log_p = (rows + bias).log_softmax(1)                                # float32, as the bias is

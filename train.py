@@ -90,7 +90,6 @@ def parse_args(argv=None):
     add("--schedule", choices=list(diffusion.SCHEDULES), default="linear", help="mdc: alpha_t (default: linear)")
     add("--weight", choices=("elbo", "flat"), default="elbo", help="of a masked token: elbo, -alpha'/(1-alpha), which "
         "is 1/t for linear (default), or flat, 1 (ablation)")
-    add("--loss-per", choices=("token", "caption"), default="token", help="what counts the same (default: token)")
     add("--pads", choices=("hidden", "eos"), default="hidden", help="after the end of a caption: hidden, for nothing "
         "(default), or eos, tokens like others, with which a caption can end by itself")
     add = parser.add_argument_group("optimization").add_argument
@@ -422,9 +421,8 @@ def main():
     view = functools.partial(diffusion.training_batch, objective=args.objective, ratios=args.ratios,
                              schedule=args.schedule)
     same = {name: getattr(args, name) for name in ("image_size", "max_tokens", "seed", "pads")}
-    per_token = {"token": args.max_tokens if args.pads == "eos" else mean_length, "caption": None}[args.loss_per]
-    corrupt = functools.partial(view, batch_size=args.batch_size * args.captions_per_image, mean_length=per_token,
-                                flat=args.weight == "flat")
+    corrupt = functools.partial(view, batch_size=args.batch_size * args.captions_per_image, flat=args.weight == "flat",
+                                mean_length=args.max_tokens if args.pads == "eos" else mean_length)
     batches = Batches(train, args.batch_size, crop_scale=args.crop_scale, flip=args.flip, accumulation=accumulation,
                       captions=args.captions_per_image, transform=corrupt, rank=rank, world=world, **same)
     size = max(2, min(EVAL_BATCH, len(val)))

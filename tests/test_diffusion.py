@@ -383,15 +383,6 @@ def test_published_losses_of_mdlm_and_md4_are_ours():
         assert float(ours) == pytest.approx(theirs, rel=1e-4), name
 
 
-def test_normalisation_per_caption_weighs_captions_alike():
-    batch, logits = example()
-    view = diffusion.training_batch(batch, "parallel", 6, None, (1.0, 1.0))
-    loss = (diffusion.cross_entropy(logits.flatten(0, 1)[view["where"]], view["targets"]) * view["weight"]).sum()
-    log_p = logits.log_softmax(2).gather(2, batch["tokens"][:, :, None]).squeeze(2)
-    expected = -sum(log_p[b][batch["valid"][b]].mean() for b in range(6)) / 6
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-
-
 def test_contrastive_loss_of_two_processes_adds_up_to_that_of_one():
     image, text = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     whole = diffusion.contrastive_loss(image, text)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench import import_timm
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
@@ -189,6 +190,38 @@ def test_losses_without_float32_logits_are_cross_entropy(model, batch):
         rounded = model(**batch, where=where, targets=targets)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, losses, atol=0.2, rtol=0.01)       # logits of about 20, 8 bits each
+
+
+def test_the_head_works_through_many_rows_a_few_at_a_time():
+    K, D, V = 10, 3, 300_000  # 2^20 / V: four rows at a time
+    x, weight, bias = torch.randn(K, D), torch.randn(V, D), torch.randn(V)
+    targets, slope, found = torch.randint(V, (K,)), torch.rand(K), []
+    for head in (
+        lambda x, weight, bias: diffusion.LinearCrossEntropy.apply(x, weight, bias, targets),
+        lambda x, weight, bias: diffusion.cross_entropy(x @ weight.T + bias, targets),
+    ):
+        inputs = [value.clone().requires_grad_() for value in (x, weight, bias)]
+        losses = head(*inputs)
+        (losses * slope).sum().backward()
+        found.append([losses.detach(), *(value.grad for value in inputs)])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)  # sums of 300,000 terms
+
+
+def test_blocks_compile_into_three_graphs_whatever_the_lengths():
+    """One for all blocks of the encoder, one for those of the decoder at its first lengths, one for all others."""
+    torch._dynamo.reset()
+    counter, B = CompileCounter(), 4
+    model = Captioner(Config("S/16", 16, 50, 32, eos=49))
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        block.compile(backend=counter)
+    for longest in (5, 12, 20, 32, 5, 26, 12):
+        T = -(-longest // 8) * 8
+        valid = torch.arange(T) < torch.tensor([longest, 2, longest - 1, longest // 2])[:, None]
+        images, tokens = torch.zeros(B, 16, 16, 3, dtype=torch.uint8), torch.zeros(B, T, dtype=torch.long)
+        where = valid.flatten().nonzero().squeeze(1)
+        model(images, tokens, valid, valid, where, where, tokens.flatten()[where]).sum().backward()
+    assert counter.frame_count == 3
+    torch._dynamo.reset()
 
 
 def test_a_batch_without_masked_words_trains_nothing_but_breaks_nothing(batch):

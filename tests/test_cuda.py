@@ -1,0 +1,146 @@
+"""What only a GPU does: fused attention, compiled blocks, copies beside the work. Skips where there is none."""
+
+import json
+
+import pytest
+import torch
+
+import diffusion
+import train
+from data import Batches, open_split
+from model import Captioner, Config, attend
+from sample import caption_images
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that CUDA can use")
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Products of float32 matrices without TF32, so that results can be compared with the CPU's."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def make_model(words, objective="mdc"):
+    torch.manual_seed(0)
+    model = Captioner(Config("tiny", 16, words, 16, eos=words - 1, objective=objective))
+    if objective != "clip":
+        torch.nn.init.normal_(model.decoder.head.weight, std=0.1)
+    return model
+
+
+def make_batches(shapes, objective="mdc", count=1):
+    """The vocabulary, and batches as train.py's loader makes them."""
+    split = open_split(shapes, "shapes", "train")
+    batches = Batches(split, 8, 16, 16, 0)
+    views = [diffusion.training_batch(batches[item], objective, 8, 13.0) for item in range(count)]
+    return split.tokenizer.n_vocab, views
+
+
+@pytest.mark.parametrize("seen", [None, [True, True, False, True, False]])
+def test_fused_attention_is_the_formula(seen):
+    q, k, v = torch.randn(3, 2, 5, 64)
+    bias = seen and torch.zeros(2, 1, 1, 5).masked_fill(~torch.tensor(seen), -torch.inf)
+    expected = attend(q, k, v, 2, bias)
+    found = attend(q.to(GPU), k.to(GPU), v.to(GPU), 2, bias if seen is None else bias.to(GPU))
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("objective", ["mdc", "ar", "clip"])
+def test_losses_and_gradients_are_the_cpus(shapes, objective, compiled):
+    words, (batch,) = make_batches(shapes, objective)
+    torch._dynamo.reset()
+    results = []
+    for device in (torch.device("cpu"), GPU):
+        model = make_model(words, objective).to(device)
+        for block in [*model.encoder.blocks, *model.decoder.blocks] if compiled and device == GPU else []:
+            block.compile()
+        here = train.to_device(batch, device)
+        outputs = model(*(here[name] for name in train.INPUTS))
+        loss = diffusion.contrastive_loss(*outputs) if objective == "clip" else (outputs * here["weight"]).sum()
+        loss.backward()
+        grown = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach().cpu(), grown))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-3)
+
+
+def test_the_head_is_exact_and_small_on_the_gpu():
+    """LinearCrossEntropy over several of its chunks, and its memory beside that of float32 logits."""
+    K, D, V = 1500, 64, 50_257
+    x, weight, bias = torch.randn(K, D, device=GPU), torch.randn(V, D, device=GPU) / 8, torch.randn(V, device=GPU)
+    targets, slope = torch.randint(V, (K,), device=GPU), torch.rand(K, device=GPU)
+    gradients, peaks = [], []
+    for head in (lambda *args: diffusion.LinearCrossEntropy.apply(*args, targets),
+                 lambda x, weight, bias: diffusion.cross_entropy(x @ weight.T + bias, targets)):
+        inputs = [value.clone().requires_grad_() for value in (x, weight, bias)]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16, enabled=False):
+            losses = head(*inputs)
+        (losses * slope).sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        gradients.append([losses.detach(), *(value.grad for value in inputs)])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+    assert peaks[0] < 0.8 * peaks[1]
+
+
+def test_a_step_never_waits_for_the_gpu(shapes):
+    """After the batch is on its way nothing in the step asks the device for a number."""
+    words, batches = make_batches(shapes, count=3)
+    model = make_model(words).to(GPU)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batches = [train.to_device({name: value.pin_memory() if torch.is_tensor(value) else value
+                                for name, value in batch.items()}, GPU) for batch in batches]
+    for number, batch in enumerate(batches):
+        torch.cuda.set_sync_debug_mode("error" if number else "default")       # the first one sets things up
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                losses = model(*(batch[name] for name in train.INPUTS))
+            (losses * batch["weight"]).sum().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("objective", ["mdc", "ar"])
+def test_captions_are_the_cpus(shapes, objective):
+    images, lengths = torch.randint(256, (4, 16, 16, 3), dtype=torch.uint8), torch.tensor([9, 3, 7, 9])
+    model = make_model(200, objective).eval()
+    ends = []
+    for device in (torch.device("cpu"), GPU):
+        *_, (tokens, _) = caption_images(model.to(device), images, lengths)
+        ends.append(tokens.cpu())
+    assert torch.equal(*ends)
+
+
+def test_a_run_trains_resumes_captions_and_probes(shapes, tmp_path, script):
+    """The loop with its loader processes, pinned memory, bfloat16 and compiled blocks; then the other two scripts."""
+    out = tmp_path / "run"
+    command = ("train.py", "--dataset", "shapes", "--data-dir", shapes, "--image-size", 16, "--batch-size", 32,
+               "--device", "cuda", "--workers", 2, "--steps", 60, "--warmup", 10, "--log-every", 1, "--out", out)
+    stop = ("-c", "import sys, train; save = train.save_checkpoint\n"
+            "def kill(path, checkpoint):\n    save(path, checkpoint)\n    if checkpoint['step'] == 40: sys.exit(9)\n"
+            "train.save_checkpoint = kill; sys.argv = sys.argv[1:]; train.main()")
+    script(*command, "--save-every", 40, launch=stop, expect=9)
+    said = script(*command, "--save-every", 40).stdout
+    assert "at step 40" in said and "torch.compile on" in said
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "event" not in record]
+    assert len(losses) == 60 and losses[-1] < 0.8 * losses[0]
+    ckpt = ("--ckpt", out / "ckpt.pt", "--data-dir", shapes, "--device", "cuda", "--dataset", "shapes")
+    assert "background" in script("sample.py", *ckpt, "--split", "val", "--count", 2).stdout
+    assert "random" in script("probe.py", *ckpt, "--limit", 60).stdout
+
+
+def test_more_processes_than_gpus_is_one_line(shapes, tmp_path, script):
+    count = torch.cuda.device_count() + 1
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
+    failed = script("train.py", "--device", "cuda", "--data-dir", shapes, "--image-size", 16, "--steps", 2, "--out",
+                    tmp_path / "run", launch=launch, expect=1)
+    assert f"but {count - 1} GPUs here" in failed.stderr
