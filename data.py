@@ -118,8 +118,6 @@ def load_tokenizer(spec):
 
 def words_tokenizer(name, counts):
     """Name "words:N" and a Counter of pieces -> spec: the 256 bytes and the N most frequent pieces of several bytes."""
-    if not name.removeprefix("words:").isdecimal():
-        raise UserError(f"tokenizer {name!r}: expected words:N with a whole number, for example words:8000")
     ranked = sorted(counts, key=lambda piece: (-counts[piece], piece))
     return {"name": name, "pieces": [p for p in ranked if len(p.encode()) > 1][:int(name.removeprefix("words:"))]}
 
@@ -252,8 +250,8 @@ def read_table(path):
 
 
 def read_tar(path, types, skipped):
-    """Yield as read_files. Only headers are left to tarfile, which would read long names of gigabytes and recurse into
-    endless ones. Members that are no files, and what follows damage, are counted in `skipped`."""
+    """Yield what read_files does. tarfile parses single headers only: left alone it would read names of gigabytes and
+    recurse without end. Members that are no files, and what follows damage, are counted in `skipped`."""
     long_name, total = None, os.path.getsize(path)
     with open(path, "rb") as file:
         try:
@@ -277,8 +275,8 @@ def read_tar(path, types, skipped):
 
 
 def read_files(unit, types, skipped, pixels):
-    """Yield (stem, type, bytes) of a unit's files of these types, those of a sample one after the other. A file that is
-    larger than MAX_BYTES is cut one byte later. `pixels` is the size of drawings."""
+    """Yield (stem, type, bytes) of a unit's files of these types, those of a sample one after the other. Of a file that
+    is larger than MAX_BYTES one byte more is read, by which read_samples knows. `pixels` is the size of drawings."""
     kind, place, *rest = unit
     if kind == "shapes":
         for seed in range(place, place + rest[0]):
@@ -403,9 +401,9 @@ def write_shard(unit, number, folder, plan):
             record = (key, number, shard.tell(), encoded.tell(), len(tokens), *original_size, held_out)
             samples.write(np.array(record, RECORD).tobytes())
             shard.write(encoded.getvalue() + tokens.tobytes())
-    write_json(done_file, {"made_from": made_from, "lengths": lengths, "skipped": skipped,
-                           "file": fingerprint(shard_file)})
-    return json.loads(done_file.read_text())
+    done = {"made_from": made_from, "lengths": lengths, "skipped": skipped, "file": fingerprint(shard_file)}
+    write_json(done_file, done)
+    return done
 
 
 def count_pieces(unit, caption_key):
@@ -440,11 +438,8 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, caption
         units = find_units(dataset, split, source, captions)
         meta_file.unlink(missing_ok=True)
         bar = {"total": len(units), "unit": "shard", "dynamic_ncols": True}
-        words = tokenizer.startswith("words:")
-        if words:
-            words_tokenizer(tokenizer, Counter())     # a mistyped one is refused before the captions are counted
-        else:
-            load_tokenizer(plan["tokenizer"])         # forked workers inherit it
+        if not (words := re.fullmatch(r"words:\d+", tokenizer)):
+            load_tokenizer(plan["tokenizer"])         # before the work begins; forked workers inherit it
         try:
             with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
                 if words and split == "train":
@@ -502,11 +497,11 @@ class Shards:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
             raise UserError(f"the shards in {folder} are damaged ({type(problem).__name__}: {problem}): copy them "
                             "again, or prepare them again with --fresh") from None
-        self.first = samples - held_out if part == "held_out" else 0
-        self.total = {"all": samples, "train": samples - held_out, "held_out": held_out}[part]      # may be lowered
+        every, end = range(samples), samples - held_out
+        self.rows = {"all": every, "train": every[:end], "held_out": every[end:]}[part]     # of samples.bin
 
     def __len__(self):
-        return self.total
+        return len(self.rows)
 
     def __getstate__(self):                           # a loader process that is not forked maps the files itself
         return self.__dict__ | {"maps": {}}
@@ -523,7 +518,7 @@ class Shards:
     def record(self, index):
         """RECORD of a sample as a tuple."""
         size = RECORD.itemsize
-        return self._read("samples.bin", (self.first + index) * size, size).view(RECORD)[0].item()
+        return self._read("samples.bin", self.rows[index] * size, size).view(RECORD)[0].item()
 
     def key(self, index):
         """Key of a sample: file name without extension, COCO image id, ..."""

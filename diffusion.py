@@ -10,7 +10,7 @@ share of masked tokens. The decoder sees what is left and the image, and is trai
 
 The weight 1/t = -alpha'_t / (1 - alpha_t) is what makes every token count the same: a position is masked with
 probability t and then weighs 1/t, which is 1 on average at every t and at every position. A left-to-right captioner
-has another diet: many of its last words follow from the first ones, without a look at the image.
+learns from other evidence: many of its last words follow from the first ones, without a look at the image.
 Sampling goes the other way: start from masks only, fill in the most confident word, look again.
 
 What the paper compares with needs few lines of its own (`training_batch`): image-conditioned BERT is one fixed t,
@@ -99,23 +99,20 @@ def training_batch(batch, objective, batch_size, mean_length, ratios=(0.5, 1.0),
     Adds mask [B,T], rows [M] (flat positions of the real tokens), where, targets and weight [K] (those with a loss)
     and ratio [K], the share of the caption that was hidden when this token was asked for."""
     tokens, valid, per_token = batch["tokens"], batch["valid"], torch.ones(())
-    if objective == "clip":
-        inputs, mask, ratio = tokens, torch.zeros_like(valid), torch.zeros(valid.shape)
-        asked = mask
-    elif objective == "ar":
+    inputs, mask, ratio = tokens, torch.zeros_like(valid), torch.zeros(valid.shape)     # CLIP: no word is asked for
+    if objective == "ar":
         inputs, mask = shift_right(tokens)
-        asked, ratio = valid, 1 - torch.arange(valid.shape[1]) / valid.sum(1)[:, None]
-    else:
+        ratio = 1 - torch.arange(valid.shape[1]) / valid.sum(1)[:, None]
+    elif objective != "clip":
         alpha, (low, high) = SCHEDULES[schedule], (time_of(end, SCHEDULES[schedule]) for end in ratios)
         t = stratified_times(batch["u"], batch["index"], batch_size, low, high)
-        inputs, mask, ratio = tokens, mask_tokens(batch["noise"], t, valid, alpha), (1 - alpha(t))[:, None]
-        asked = mask
+        mask, ratio = mask_tokens(batch["noise"], t, valid, alpha), (1 - alpha(t))[:, None]
         if ratios[0] == ratios[1]:
             per_token = 1 / ratio[:, 0]
         elif not flat:                                # so that a token weighs 1 on average in every schedule
             per_token = weight(t, alpha) * (high - low) / (ratios[1] - ratios[0])
     per_token = (per_token / batch_size / mean_length).expand(len(tokens))
-    where = asked.flatten().nonzero().squeeze(1)
+    where = (valid if objective == "ar" else mask).flatten().nonzero().squeeze(1)
     return batch | {"tokens": inputs, "mask": mask, "rows": valid.flatten().nonzero().squeeze(1), "where": where,
                     "targets": tokens.flatten()[where], "ratio": ratio.expand(valid.shape).flatten()[where].float(),
                     "weight": per_token[:, None].expand(valid.shape).flatten()[where].float()}
@@ -158,12 +155,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (gradient @ padded) * slope[:, None], by_weight[:ctx.V], by_bias[:ctx.V], None
 
 
-def contrastive_loss(image, text, all_images=None, all_texts=None, first=0):
+def contrastive_loss(image, text, all_images, all_texts, first=0):
     """CLIP's symmetric cross-entropy (Radford et al. 2021): this process's part of the mean over the global batch.
 
     image [b,D], text [b,D] from Captioner.match; all_images and all_texts [B,D] are everybody's, in which those of
-    this process begin at `first` (default: there is only one process). The parts of all processes add up."""
-    all_images, all_texts = (own if every is None else every for own, every in ((image, all_images), (text, all_texts)))
+    this process begin at `first`. The parts of all processes add up."""
     right = first + torch.arange(len(image), device=image.device)
     losses = F.cross_entropy(image @ all_texts.T, right, reduction="sum") + \
         F.cross_entropy(text @ all_images.T, right, reduction="sum")

@@ -68,14 +68,14 @@ def attend(q, k, v, heads, bias=None):
     """Multi-head softmax(q k^T / sqrt(d) + bias) v: q [B,T,D], k and v [B,N,D], bias [B|1,1,T|1,N] -> [B,T,D].
 
     CUDA and MPS have fused kernels for it. On a CPU, PyTorch's fused kernel is the slow way: at a few dozen patches its
-    backward alone takes more than half of a training step, so there the formula is written out."""
+    backward alone takes more than half of a training step, so there the formula is written out; and with a bias, which
+    only the few words of a caption have and some of the fused kernels do badly."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))                 # [B,H,T|N,D/H]
-    bias = None if bias is None else bias.to(q.dtype)
-    if q.device.type != "cpu":
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if bias is None and q.device.type != "cpu":
+        out = F.scaled_dot_product_attention(q, k, v)
     else:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                # [B,H,T,N]
-        out = (scores if bias is None else scores + bias).softmax(dim=-1) @ v
+        out = (scores if bias is None else scores + bias.to(q.dtype)).softmax(dim=-1) @ v
     return out.transpose(1, 2).flatten(2)
 
 
@@ -163,7 +163,8 @@ class ViT(nn.Module):
     def forward(self, images):
         """images [B,3,S,S] float in [-1,1] -> patch features after the final LayerNorm [B,N,D]."""
         proj = self.patch_embed.proj                  # a convolution of separate patches is a linear layer, and faster
-        x = F.unfold(images, proj.kernel_size, stride=proj.stride).transpose(1, 2)              # [B,N,3*P*P]
+        x = images.unflatten(3, (-1, proj.stride[1])).unflatten(2, (-1, proj.stride[0]))        # [B,3,S/P,P,S/P,P]
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)                                # [B,N,3*P*P]
         x = F.linear(x, proj.weight.flatten(1), proj.bias) + self.pos_embed                     # [B,N,D]
         for block in self.blocks:
             x = block(x)

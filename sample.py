@@ -9,12 +9,10 @@ An image is encoded once, then the decoder runs once a step on all captions of a
 is (pads were hidden from it in training), so the length is chosen before the first word. A model of
 `train.py --objective ar` writes from left to right instead and ends by itself."""
 import base64
-import functools
 import io
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import shlex
@@ -158,7 +156,7 @@ def print_scores(model, checkpoint, tokenizer, names, images, captions, draws, s
     tokens = [[*tokenizer.encode_ordinary(data.clean_caption(text)), tokenizer.eot_token] for text in captions]
     if max(map(len, tokens)) > longest:
         raise UserError(f"--score: expected captions of at most {longest} tokens, EOS included")
-    lengths, lengthy = torch.tensor([*map(len, tokens)]), length_terms(checkpoint["lengths"], tokens, model.config)
+    lengths, length_term = torch.tensor([*map(len, tokens)]), length_terms(checkpoint["lengths"], tokens, model.config)
     features = model.encode(images.to(next(model.parameters()).device))
 
     def score(i, rule="monte-carlo", ratios=(0.0, 1.0)):
@@ -173,10 +171,10 @@ def print_scores(model, checkpoint, tokenizer, names, images, captions, draws, s
             if len(others):                           # log-mean-exp: the likelihood of a caption without its image
                 columns["gain"] = (total - others.logsumexp(0) + math.log(len(others))) / lengths
         if objective == "mdc":
-            columns |= {"+ length": total + lengthy, "trained t": score(i, ratios=checkpoint["options"]["ratios"]),
+            columns |= {"+ length": total + length_term, "trained t": score(i, ratios=checkpoint["options"]["ratios"]),
                         "parallel": score(i, "parallel"), "leave 1 out": score(i, "leave-one-out")}
         print(name + "\n" + "".join(f"{column:>13}" for column in columns) + "   caption")
-        for k in (total + lengthy).argsort(descending=True).tolist():
+        for k in (total + length_term).argsort(descending=True).tolist():
             print("".join(f"{column[k]:13.3f}" for column in columns.values()) + f"   {captions[k]}")
 
 
@@ -192,7 +190,9 @@ def bleu(hypotheses, references):
     for words, truths in zip(hypotheses, references, strict=True):
         lengths += len(words), min(map(len, truths), key=lambda length: (abs(length - len(words)), length))
         for n in range(4):
-            most = functools.reduce(operator.or_, (ngrams(truth, n + 1) for truth in truths))
+            most = Counter()
+            for truth in truths:
+                most |= ngrams(truth, n + 1)
             counts[n] += (ngrams(words, n + 1) & most).total(), max(0, len(words) - n)
     precisions = ((counts[:, 0] + 1e-15) / (counts[:, 1] + 1e-9)).cumprod() ** (1 / np.arange(1, 5))
     return (precisions * min(1, math.exp(1 - (lengths[1] + 1e-9) / (lengths[0] + 1e-15)))).tolist()
@@ -305,12 +305,9 @@ def watch(model, tokenizer, states, budget):
 
 def show(tokenizer, tokens, mask):
     """One state of a caption as text, `_` for every token that is still masked; nothing after an EOS."""
-    text = b""
-    for token, masked in zip(tokens.tolist(), mask.tolist(), strict=True):
-        if token == tokenizer.eot_token and not masked:
-            break
-        text += b" _" if masked else tokenizer.decode_single_token_bytes(token)
-    return text.decode(errors="replace").strip()
+    blank = tokenizer.encode_ordinary(" _")
+    ids = [blank if masked else [token] for token, masked in zip(tokens.tolist(), mask.tolist(), strict=True)]
+    return decode_caption(tokenizer, sum(ids, []))
 
 
 def show_example(batch, tokenizer, objective):

@@ -7,7 +7,8 @@
 
 Typing the same command again continues a run that was stopped, bit for bit on a CPU. The global batch (--batch-size)
 is what counts: how it is split into processes and micro-batches changes speed and memory, not the result. OUT (default
-out/DATASET-MODEL-OBJECTIVE) gets ckpt.pt, ckpt-previous.pt, best.pt, log.jsonl, report.html and, last, samples.png."""
+out/DATASET-MODEL-OBJECTIVE) gets ckpt.pt, ckpt-previous.pt, best.pt, log.jsonl, report.html and at the end samples.png
+and final.json."""
 import argparse
 import contextlib
 import ctypes
@@ -42,7 +43,8 @@ from sample import captions_of, choose_lengths, data_uri, load_captioner, report
 # academic scale; see "Choices made without the full text" in the README.
 PHOTOGRAPHS = {"model": "B/16", "image_size": 224, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 32.0,
                "batch_size": 2048, "captions_per_image": 1, "lr": 5e-4, "warmup": 2000, "encoder_start": 0,
-               "weight_decay": 0.2, "crop_scale": 0.5, "flip": False, "t_min": 0.5}
+               "weight_decay": 0.2, "crop_scale": 0.5, "flip": False, "t_min": 0.5, "save_every": 2000,
+               "eval_every": 2000}
 PRESETS = {
     "shapes": {"model": "tiny", "image_size": 48, "tokenizer": "words:100", "max_tokens": 16, "steps": 1250,
                "batch_size": 32, "captions_per_image": 1, "lr": 1e-3, "warmup": 100, "encoder_start": 0,
@@ -83,7 +85,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model and objective").add_argument
     add("--model", choices=list(SIZES), help="size of encoder and decoder")
     add("--positions", choices=("sincos", "learned"), default="sincos", help="of the patches (default: sincos)")
-    add("--objective", choices=list(OBJECTIVES), default="mdc", help=str(OBJECTIVES)[1:-1].replace("'", ""))
+    add("--objective", choices=list(OBJECTIVES), default="mdc", help="; ".join(map(": ".join, OBJECTIVES.items())))
     add("--t-min", type=float, metavar="R", help="mdc: smallest masking ratio 1 - alpha, 0..1; 0: bound on log p")
     add("--t-max", type=float, default=1.0, metavar="R", help="mdc: largest masking ratio (default: 1)")
     add("--mask-ratio", type=float, default=0.5, metavar="R", help="bert: its masking ratio, in (0,1] (default: 0.5)")
@@ -116,21 +118,21 @@ def parse_args(argv=None):
         "loader, or with one batch again and again; nothing is saved")
     add("--out", metavar="DIR", help="default: out/DATASET-MODEL-OBJECTIVE")
     add("--fresh", action="store_true", help="start over and replace what is in OUT")
-    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
-    add("--eval-every", type=int, default=500, metavar="N", help="steps between validations; 0: none (default: 500)")
+    add("--save-every", type=int, metavar="N", help="steps between checkpoints (default: preset, else 500)")
+    add("--eval-every", type=int, metavar="N", help="steps between validations; 0: none (default: preset, else 500)")
     add("--log-every", type=int, metavar="N", help="steps between log lines (default: 50)")
     args = parser.parse_args(argv)
     preset = PRESETS.get(args.dataset, PHOTOGRAPHS)
     if args.bench:
         args.steps, args.fresh = args.steps or 40, True
         args.log_every = min(args.steps, args.log_every or 10)
-    args.log_every = args.log_every or 50
     given = ("steps", "epochs") if args.steps or args.epochs else ()
-    if args.encoder_start is None and (args.init or args.objective == "clip"):
-        args.encoder_start = 0                                    # --init: it has learnt; clip: no words come first
-    if args.captions_per_image is None and args.objective == "clip":
-        args.captions_per_image = 1
-    for name, value in preset.items():
+    values = {"save_every": 500, "eval_every": 500, "log_every": 50} | preset
+    if args.init or args.objective == "clip":                     # --init: it has learnt; clip: no words come first
+        values["encoder_start"] = 0
+    if args.objective == "clip":
+        values["captions_per_image"] = 1
+    for name, value in values.items():
         if getattr(args, name) is None and name not in given:
             setattr(args, name, value)
     args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
@@ -269,7 +271,8 @@ def evaluate(model, batches, device, autocast, rank, world):
     if clip:
         image, text, captions = columns
         number = captions.unique(dim=0, return_inverse=True)[1]                           # equal captions are one
-        return {"val_loss": float(diffusion.contrastive_loss(image, text))} | diffusion.recall(image, text, number)
+        loss = diffusion.contrastive_loss(image, text, image, text)
+        return {"val_loss": float(loss)} | diffusion.recall(image, text, number)
     return diffusion.image_gain(*columns)
 
 
@@ -354,7 +357,7 @@ def main():
             raise UserError(f"{args.data_dir}/{args.dataset} has shards of {made['tokenizer']['name']} tokens, up to "
                             f"{made['image_size']} px, this run wants {args.tokenizer} and {args.image_size} px: make "
                             "both splits again, data.py --fresh --tokenizer ... --image-size ...")
-    train.total = min(len(train), args.pairs or len(train))
+    train.rows = train.rows[:args.pairs]
     args.steps = args.steps or max(1, round(args.epochs * len(train) / args.batch_size))
     if args.encoder_start >= args.steps and not args.bench:
         raise UserError(f"--encoder-start {args.encoder_start}: in {args.steps} steps the encoder would learn nothing; "
@@ -393,9 +396,9 @@ def main():
     elif args.init:
         start_from(args.init, model, train.meta["tokenizer"])
     elif not clip:                    # start at the words' frequencies: learning them alone would take many steps
-        texts = [ids[:args.max_tokens] for i in range(min(len(train), 10_000)) for ids in train.captions(i)]
-        counts = torch.from_numpy(np.bincount(np.concatenate(texts), minlength=config.vocab_size) + 1)
-        counts[config.eos] += (args.pads == "eos") * sum(args.max_tokens - len(ids) for ids in texts)
+        captions = [ids[:args.max_tokens] for i in range(min(len(train), 10_000)) for ids in train.captions(i)]
+        counts = torch.from_numpy(np.bincount(np.concatenate(captions), minlength=config.vocab_size) + 1)
+        counts[config.eos] += (args.pads == "eos") * sum(args.max_tokens - len(ids) for ids in captions)
         model.decoder.head.bias.data = (counts / counts.sum()).log().float()
     model.to(device)
     groups = []                                                   # the encoder may start later than the rest
@@ -408,12 +411,14 @@ def main():
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     use_compile = args.compile == "on" or (args.compile == "auto" and cuda)
-    counts = [sum(p.numel() for p in part) / 1e6 for part in (
+    millions = [sum(p.numel() for p in part) / 1e6 for part in (
         model.encoder.parameters(), model.parameters(), (p for group in groups[::2] for p in group["params"]))]
     print_main("{}: {:.2f} M parameters in the encoder, {:.2f} M in all; weight decay on {:.2f} M; torch.compile {}"
-               .format(args.model, *counts, "on" if use_compile else "off"))
-    for block in [*model.encoder.blocks, *model.decoder.blocks] if use_compile else []:
-        block.compile()                                           # in place: one graph for all layers of a part
+               .format(args.model, *millions, "on" if use_compile else "off"))
+    if use_compile:
+        torch._dynamo.config.optimize_ddp = False                 # it would cut every block in two
+        for block in [*model.encoder.blocks, *model.decoder.blocks]:
+            block.compile()                                       # in place: one graph for all layers of a part
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -421,13 +426,13 @@ def main():
     view = functools.partial(diffusion.training_batch, objective=args.objective, ratios=args.ratios,
                              schedule=args.schedule)
     same = {name: getattr(args, name) for name in ("image_size", "max_tokens", "seed", "pads")}
-    corrupt = functools.partial(view, batch_size=args.batch_size * args.captions_per_image, flat=args.weight == "flat",
-                                mean_length=args.max_tokens if args.pads == "eos" else mean_length)
+    ask = functools.partial(view, batch_size=args.batch_size * args.captions_per_image, flat=args.weight == "flat",
+                            mean_length=args.max_tokens if args.pads == "eos" else mean_length)
     batches = Batches(train, args.batch_size, crop_scale=args.crop_scale, flip=args.flip, accumulation=accumulation,
-                      captions=args.captions_per_image, transform=corrupt, rank=rank, world=world, **same)
+                      captions=args.captions_per_image, transform=ask, rank=rank, world=world, **same)
     size = max(2, min(EVAL_BATCH, len(val)))
-    corrupt = functools.partial(view, batch_size=size, mean_length=1 / size)                 # sums of nats, no means
-    checks = Batches(val, size, augment=False, transform=corrupt, **same)
+    ask_for_sums = functools.partial(view, batch_size=size, mean_length=1 / size)            # of nats, no means
+    checks = Batches(val, size, augment=False, transform=ask_for_sums, **same)
     eval_count = min(EVAL_BATCHES, (len(val) + size - 2) // size)                 # a single image cannot be exchanged
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = args.workers if args.workers is not None else max(1, min(16, cores)) if cuda else 0
@@ -465,10 +470,13 @@ def main():
                 "config": asdict(config), "options": vars(args), "lengths": dict(lengths),
                 "tokenizer": train.meta["tokenizer"], "shards": train.digest})
 
+    @torch.compiler.set_stance("force_eager")                     # graphs for a few batches do not pay
     def validate(step):
         """Evaluate, tell, keep the best, and bring report.html up to date; returns the figures."""
         nonlocal best
-        figures = evaluate(model, loader(checks, sampler=range(rank, eval_count, world)), device, autocast, rank, world)
+        mine = range(rank, eval_count, world)
+        own = loader(checks, sampler=mine, num_workers=min(workers, len(mine)))
+        figures = evaluate(model, own, device, autocast, rank, world)
         if figures["val_loss"] < best:
             best = figures["val_loss"]
             save("best.pt", step)
@@ -502,8 +510,10 @@ def main():
                 with autocast:
                     outputs = wrapped(*(batch[name] for name in INPUTS))
                 if clip:                                          # this process's part of the global batch's loss
-                    gathered = [torch.cat(dist.nn.functional.all_gather(side)) for side in outputs] if world > 1 else ()
-                    loss = diffusion.contrastive_loss(*outputs, *gathered, first=rank * len(outputs[0]))
+                    everyone = outputs
+                    if world > 1:
+                        everyone = [torch.cat(dist.nn.functional.all_gather(side)) for side in outputs]
+                    loss = diffusion.contrastive_loss(*outputs, *everyone, first=rank * len(outputs[0]))
                 else:
                     loss = (outputs * batch["weight"]).sum()
                 (loss * world).backward()                         # DDP takes the mean over processes, we want the sum
@@ -555,7 +565,8 @@ def main():
     figures = validate(args.steps) if eval_count else {}
     if rank == 0:
         model.eval()
-        figures |= report(model, val, args.seed, lengths, out / "samples.png") if len(val) and not clip else {}
+        with torch.compiler.set_stance("force_eager"):
+            figures |= report(model, val, args.seed, lengths, out / "samples.png") if len(val) and not clip else {}
         figures |= {"minutes": (time.time() - started) / 60, "machine": machine}
         record = {"step": args.steps, "event": "final"} | figures
         log(record)

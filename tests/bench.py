@@ -2,7 +2,7 @@
 
     python tests/bench.py                          # every row; MDC_TEST_DATA names the folder with Flickr8k's tars
     python tests/bench.py tiny B/16 --minutes 5    # these, five minutes each
-    python tests/bench.py B/16 --batch-size 512    # on a GPU; prints the peak memory of each contestant too
+    python tests/bench.py B/16 --batch-size 512 --against P2      # on a GPU; the peak memory of each is told too
 
 By hand; pytest does not collect it. Prints a table and one JSON line a row. Contestants are processes that take turns,
 a step each; a ratio is the median of the turns' (of sampling: of the median times), which holds on a noisy machine,
@@ -193,7 +193,7 @@ def bench_step(size, args):
     """Training steps of ours and of the peers in turns -> the figures of a row."""
     side, batch_size, compiled = STEPS[size]
     compiled = {"auto": compiled or DEVICE.type == "cuda", "on": True, "off": False}[args.compile]
-    batch_size, names = args.batch_size or batch_size, ["ours", *([] if args.alone else ["P1", "P2"])]
+    batch_size, names = args.batch_size or batch_size, ["ours", *args.against]
     config, pipes, workers = Config(size, side, 50257, MAX_TOKENS), {}, []
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -205,6 +205,7 @@ def bench_step(size, args):
             arguments = far, name, config, batch_size, folder, compiled
             workers.append(context.Process(target=contest, args=arguments, daemon=True))
             workers[-1].start()
+            far.close()  # its own copy tells us when it dies
         seconds, rates, begun = {name: [] for name in names}, [], None
         for turn in range(10 ** 9):
             for name, pipe in pipes.items():
@@ -267,7 +268,8 @@ def main():
     parser.add_argument("rows", nargs="*", default=rows, help="default: " + " ".join(rows))
     parser.add_argument("--minutes", type=float, default=1.0, help="for the turns of a row (default: 1)")
     parser.add_argument("--batch-size", type=int, metavar="B", help="of every contestant (default: by row)")
-    parser.add_argument("--alone", action="store_true", help="leave the peers out")
+    parser.add_argument("--against", nargs="*", choices=("P1", "P2"), default=["P1", "P2"], metavar="PEER",
+                        help="P1, P2, or nothing for ours alone; all are in memory at once (default: both)")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="default: where it pays")
     args = parser.parse_args()
     for name in args.rows:

@@ -40,7 +40,7 @@ def script():
 
     def call(*words, launch=(), expect=0):
         done = subprocess.run(
-            [sys.executable, *launch, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=240
+            [sys.executable, *launch, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=400
         )
         assert done.returncode == expect, done.stdout + done.stderr
         return done

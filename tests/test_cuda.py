@@ -33,10 +33,12 @@ def make_model(words, objective="mdc"):
 
 
 def make_batches(shapes, objective="mdc", count=1):
-    """The vocabulary, and batches as train.py's loader makes them."""
-    split = open_split(shapes, "shapes", "train")
-    batches = Batches(split, 8, 16, 16, 0)
-    views = [diffusion.training_batch(batches[item], objective, 8, 13.0) for item in range(count)]
+    """The vocabulary, and batches as train.py's loader makes them, each of another number of words."""
+    split, views = open_split(shapes, "shapes", "train"), []
+    for item in range(count):
+        batch = Batches(split, 8, 16, 16, 0)[item]
+        batch["valid"][0, 13 - item :] = False
+        views.append(diffusion.training_batch(batch, objective, 8, 13.0))
     return split.tokenizer.n_vocab, views
 
 
@@ -49,22 +51,41 @@ def test_fused_attention_is_the_formula(seen):
     torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("queries", "keys", "seen"), [(196, 196, None), (16, 196, None), (16, 16, 11), (64, 64, 57)])
+def test_attention_in_bfloat16_has_the_results_and_gradients_of_float32(queries, keys, seen):
+    torch.manual_seed(0)
+    q, k, v, slope = torch.randn(2, queries, 128), torch.randn(2, keys, 128), torch.randn(2, keys, 128), 0.5
+    bias = seen and torch.zeros(2, 1, 1, keys).masked_fill(torch.arange(keys) >= seen, -torch.inf)
+    found = []
+    for device, dtype in ((torch.device("cpu"), torch.float32), (GPU, torch.bfloat16)):
+        inputs = [x.to(device, dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs, 2, bias if seen is None else bias.to(device))
+        (slope * out.float() ** 2).sum().backward()
+        found.append([out.detach().float().cpu(), *(x.grad.float().cpu() for x in inputs)])
+    torch.testing.assert_close(*found, atol=5e-2, rtol=5e-2)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("objective", ["mdc", "ar", "clip"])
 def test_losses_and_gradients_are_the_cpus(shapes, objective, compiled):
-    words, (batch,) = make_batches(shapes, objective)
+    words, batches = make_batches(shapes, objective, 3)
     torch._dynamo.reset()
     results = []
     for device in (torch.device("cpu"), GPU):
         model = make_model(words, objective).to(device)
         for block in [*model.encoder.blocks, *model.decoder.blocks] if compiled and device == GPU else []:
             block.compile()
-        here = train.to_device(batch, device)
-        outputs = model(*(here[name] for name in train.INPUTS))
-        loss = diffusion.contrastive_loss(*outputs) if objective == "clip" else (outputs * here["weight"]).sum()
-        loss.backward()
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            here = train.to_device(batch, device)
+            outputs = model(*(here[name] for name in train.INPUTS))
+            if objective == "clip":
+                total += diffusion.contrastive_loss(*outputs, *outputs)
+            else:
+                total += (outputs * here["weight"]).sum()
+        total.backward()
         grown = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-        results.append((loss.detach().cpu(), grown))
+        results.append((total.detach().cpu(), grown))
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-3)
 
 
@@ -110,6 +131,7 @@ def test_a_step_never_waits_for_the_gpu(shapes):
 
 @pytest.mark.parametrize("objective", ["mdc", "ar"])
 def test_captions_are_the_cpus(shapes, objective):
+    torch.manual_seed(0)
     images, lengths = torch.randint(256, (4, 16, 16, 3), dtype=torch.uint8), torch.tensor([9, 3, 7, 9])
     model = make_model(200, objective).eval()
     ends = []

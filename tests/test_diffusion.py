@@ -385,7 +385,7 @@ def test_published_losses_of_mdlm_and_md4_are_ours():
 
 def test_contrastive_loss_of_two_processes_adds_up_to_that_of_one():
     image, text = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    whole = diffusion.contrastive_loss(image, text)
+    whole = diffusion.contrastive_loss(image, text, image, text)
     parts = [diffusion.contrastive_loss(image[i : i + 3], text[i : i + 3], image, text, i) for i in (0, 3)]
     torch.testing.assert_close(sum(parts), whole)
     slow = -sum((image @ text.T).log_softmax(axis).diagonal().mean() for axis in (0, 1)) / 2

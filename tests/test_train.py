@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import data
 import diffusion
 import train
 from data import Batches, UserError, open_split
@@ -175,6 +176,34 @@ def test_the_number_of_processes_changes_nothing(shapes, tmp_path, script, monke
             assert numbers(final(many)) == pytest.approx(numbers(final(one)), abs=1e-4), f"{objective}, {world}"
 
 
+COMPILED = """
+import functools, torch, train
+torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")  # needs no C++ compiler
+train.main()
+print("graphs", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+def test_compiled_blocks_do_the_same_in_two_processes_with_few_graphs(tmp_path, script, monkeypatch):
+    """Captions of many lengths, with validations in between, which are not compiled."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(data, "SHAPES_SAMPLES", {"train": 64, "val": 8})
+    for split in ("train", "val"):
+        data.prepare("shapes", split, tmp_path, image_size=16, tokenizer="words:8", workers=1)
+    options = ("--data-dir", tmp_path, *TINY, "--eval-every", 2, "--steps", 5, "--max-tokens", 64)
+    options += ("--tokenizer", "words:8")
+    script("train.py", *options, "--out", tmp_path / "plain")
+    (tmp_path / "compiled.py").write_text(COMPILED)
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    said = script(
+        tmp_path / "compiled.py", *options, "--compile", "on", "--out", tmp_path / "compiled", launch=run
+    ).stdout
+    assert "torch.compile on" in said
+    graphs = re.findall(r"graphs (\d+)", said)
+    assert len(graphs) == 2 and set(graphs) <= {"3", "4"}
+    torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), atol=1e-5, rtol=0)
+
+
 def hurt(step, what):
     """Python arguments that run train.py and do `what` in the middle of a step of it."""
     return (
@@ -255,7 +284,7 @@ def test_one_batch_overfits(shapes, objective):
         view = diffusion.training_batch(batch, objective, 4, 13.0, ratios)
         outputs = model(*(view[name] for name in ("images", "tokens", "mask", "valid", "rows", "where")))
         if objective == "clip":
-            loss = diffusion.contrastive_loss(*outputs)
+            loss = diffusion.contrastive_loss(*outputs, *outputs)
         else:
             loss = (diffusion.cross_entropy(outputs, view["targets"]) * view["weight"]).sum()
         loss.backward()
