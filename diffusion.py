@@ -172,7 +172,7 @@ def image_gain(real, control, length, ratio, plain, bins=10):
     real, control [B,T]: weighted losses, 0 where there is none, with the right images and with exchanged ones; length
     [B] of the captions; ratio [K] and plain [K]: masking ratio and unweighted loss of each predicted token
 
-    val_loss     nats a token with the right images; control with exchanged ones; gain is the difference
+    val_loss     nats per token with the right images; control with exchanged ones; gain is the difference
     gain_se      its standard error over captions, that of a ratio of two sums
     by_ratio     mean loss of a masked token in each tenth of masking ratios, None where there was none
     by_position  [gain, its standard error, captions] for each token position that two captions have"""

@@ -372,7 +372,7 @@ def report_items(dataset, items, scores, lengths, terms):
         gains = (real[:, 0] - blind[:, 0]) / (1 if rule == "cosine" else lengths[:, 0])
         error = np.sqrt((np.bincount(owner, gains - gains.mean()) ** 2).sum()) / len(items)     # clustered by image
         print(f"\n{rule}: its own image is worth {gains.mean():.3f} ± {error:.3f} "
-              f"{'(cosine)' if rule == 'cosine' else 'nats a token'} to the true caption\n"
+              f"{'(cosine)' if rule == 'cosine' else 'nats per token'} to the true caption\n"
               f"{'group':20}{'items':>7}" + "".join(f"{name:>15}" for name in right))
         rows = {group: [100 * float(ok[numbers].mean()) for ok in right.values()] for group, numbers in groups.items()}
         rows |= {mean: np.mean([rows[group] for group in members], 0).tolist()

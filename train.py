@@ -581,7 +581,7 @@ def print_end(args):
     """What was reached, and the commands to type next."""
     record = json.loads((Path(args.out) / "final.json").read_text())
     if "gain" in record:
-        print_main(f"\nvalidation loss {record['val_loss']:.4f} nats a token; with exchanged images "
+        print_main(f"\nvalidation loss {record['val_loss']:.4f} nats per token; with exchanged images "
                    f"{record['gain']:.3f} ± {record['gain_se']:.3f} more")
     if "exact" in record:
         print_main(f"{record['exact']:.1%} of the held-out captions are exactly right, every word of them")

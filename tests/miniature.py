@@ -88,7 +88,7 @@ def write_table(results):
     """Markdown table into README.md."""
     tasks = list(results["mdc-0"]["probe"])
     lines = [
-        f"| objective | nats a token | exact captions % | {' | '.join(tasks)} | minutes |",
+        f"| objective | nats per token | exact captions % | {' | '.join(tasks)} | minutes |",
         "| --- " * (len(tasks) + 4) + "|",
     ]
     for objective in TABLE:
