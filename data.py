@@ -3,7 +3,8 @@
     python data.py --dataset shapes                                              # the embedded data set, drawn here
     python data.py --dataset cc3m --source 'cc3m/*.tar'                          # img2dataset / WebDataset tars
     python data.py --dataset coco --split val --source val2017 --captions captions_val2017.json
-    python data.py --dataset cc3m coco --stats                                   # or, of one, --verify
+    python data.py --dataset cc3m coco --stats                                   # print and draw what is in them
+    python data.py --dataset cc3m --verify                                       # against the checksums
 
 Every image is resized once and every caption tokenized once. DATA_DIR/DATASET/SPLIT then holds, little-endian,
 
@@ -436,10 +437,10 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, caption
                                 "first, or another --data-dir")
             return meta
         units = find_units(dataset, split, source, captions)
-        meta_file.unlink(missing_ok=True)
         bar = {"total": len(units), "unit": "shard", "dynamic_ncols": True}
         if not (words := re.fullmatch(r"words:\d+", tokenizer)):
             load_tokenizer(plan["tokenizer"])         # before the work begins; forked workers inherit it
+        meta_file.unlink(missing_ok=True)
         try:
             with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
                 if words and split == "train":
@@ -690,11 +691,12 @@ def main():
     add("--stats", action="store_true", help="only print and draw what is in the data sets")
     add("--max-tokens", type=int, default=64, metavar="N", help="for --stats: where captions are cut (default: 64)")
     args = parser.parse_args()
-    for name in args.dataset:
-        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
-            raise UserError(f"--dataset {name}: expected a name of letters, digits, dots and dashes")
+    for each in args.dataset:
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", each):
+            raise UserError(f"--dataset {each}: expected a name of letters, digits, dots and dashes")
     if len(args.dataset) > 1 and not args.stats:
         raise UserError(f"--dataset {' '.join(args.dataset)}: several are for --stats; otherwise one at a time")
+    name = args.dataset[0]
     check_least(args, image_size=MIN_SIDE, workers=1, max_tokens=2)
     if args.stats:
         return show_stats(args.data_dir, args.dataset, args.split, args.max_tokens)

@@ -67,9 +67,9 @@ def sincos_2d(side, width):
 def attend(q, k, v, heads, bias=None):
     """Multi-head softmax(q k^T / sqrt(d) + bias) v: q [B,T,D], k and v [B,N,D], bias [B|1,1,T|1,N] -> [B,T,D].
 
-    CUDA and MPS have fused kernels for it. On a CPU, PyTorch's fused kernel is the slow way: at a few dozen patches its
-    backward alone takes more than half of a training step, so there the formula is written out; and with a bias, which
-    only the few words of a caption have and some of the fused kernels do badly."""
+    CUDA and MPS have fused kernels for it. The formula is written out on a CPU, where the fused kernel is the slow way
+    (at a few dozen patches its backward alone takes more than half of a training step), and wherever there is a bias:
+    only captions have one, they are short, and the flash kernel takes none."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))                 # [B,H,T|N,D/H]
     if bias is None and q.device.type != "cpu":
         out = F.scaled_dot_product_attention(q, k, v)

@@ -43,8 +43,8 @@ from sample import captions_of, choose_lengths, data_uri, load_captioner, report
 # academic scale; see "Choices made without the full text" in the README.
 PHOTOGRAPHS = {"model": "B/16", "image_size": 224, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 32.0,
                "batch_size": 2048, "captions_per_image": 1, "lr": 5e-4, "warmup": 2000, "encoder_start": 0,
-               "weight_decay": 0.2, "crop_scale": 0.5, "flip": False, "t_min": 0.5, "save_every": 2000,
-               "eval_every": 2000}
+               "weight_decay": 0.2, "crop_scale": 0.5, "flip": False, "t_min": 0.5}
+MILLIONS = PHOTOGRAPHS | {"save_every": 2000, "eval_every": 2000}
 PRESETS = {
     "shapes": {"model": "tiny", "image_size": 48, "tokenizer": "words:100", "max_tokens": 16, "steps": 1250,
                "batch_size": 32, "captions_per_image": 1, "lr": 1e-3, "warmup": 100, "encoder_start": 0,
@@ -53,9 +53,9 @@ PRESETS = {
                  "batch_size": 64, "captions_per_image": 3, "lr": 1.5e-3, "warmup": 200, "encoder_start": 300,
                  "weight_decay": 0.1, "crop_scale": 0.25, "flip": True, "t_min": 0.5},
     "coco": PHOTOGRAPHS | {"model": "S/16", "batch_size": 512, "lr": 1e-3, "warmup": 1000},
-    "cc3m": PHOTOGRAPHS,
-    "cc12m": PHOTOGRAPHS,
-    "recap": PHOTOGRAPHS | {"max_tokens": 128, "epochs": 20.0},
+    "cc3m": MILLIONS,
+    "cc12m": MILLIONS,
+    "recap": MILLIONS | {"max_tokens": 128, "epochs": 20.0},
 }
 OBJECTIVES = {"mdc": "masked diffusion captioning", "ar": "autoregressive captioning", "clip": "contrastive learning",
               "bert": "image-conditioned BERT, one masking ratio", "parallel": "everything masked, one pass"}
@@ -416,7 +416,7 @@ def main():
     print_main("{}: {:.2f} M parameters in the encoder, {:.2f} M in all; weight decay on {:.2f} M; torch.compile {}"
                .format(args.model, *millions, "on" if use_compile else "off"))
     if use_compile:
-        torch._dynamo.config.optimize_ddp = False                 # it would cut every block in two
+        torch._dynamo.config.optimize_ddp = False                 # it would cut large blocks in two
         for block in [*model.encoder.blocks, *model.decoder.blocks]:
             block.compile()                                       # in place: one graph for all layers of a part
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -548,7 +548,8 @@ def main():
             total, work, waited, since_step = torch.zeros_like(total), 0, 0.0, done
             since = time.time()
         paused = time.time()
-        if args.eval_every and done % args.eval_every == 0 and done < args.steps and eval_count and not stop:
+        evaluate_now = args.eval_every and done % args.eval_every == 0 and done < args.steps and eval_count
+        if evaluate_now and not stop and not args.bench:
             validate(done)
         if save_now:
             save("ckpt.pt", done)

@@ -698,3 +698,12 @@ def test_stats_are_those_of_the_shards(tmp_path, capsys):
     assert "tokens 2 2 3 4 6 7 7 width 20 20 20 21 22 22 22 height 16" in said
     assert (tmp_path / "lengths.svg").read_text().count("<polygon") == 2
     assert Image.open(tmp_path / "set/train.png").size[0] > 180
+
+
+def test_a_mistyped_tokenizer_with_fresh_leaves_the_finished_split(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "SHAPES_SAMPLES", {"train": 8, "val": 8})
+    options = {"image_size": 16, "workers": 1}
+    prepare("shapes", "train", tmp_path, tokenizer="words:8", **options)
+    with pytest.raises(UserError, match="words:many"):
+        prepare("shapes", "train", tmp_path, tokenizer="words:many", fresh=True, **options)
+    assert len(Shards(tmp_path / "shapes" / "train")) == 8

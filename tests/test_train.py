@@ -176,31 +176,33 @@ def test_the_number_of_processes_changes_nothing(shapes, tmp_path, script, monke
             assert numbers(final(many)) == pytest.approx(numbers(final(one)), abs=1e-4), f"{objective}, {world}"
 
 
-COMPILED = """
-import functools, torch, train
-torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")  # needs no C++ compiler
+LARGE_BLOCKS = """
+import functools, model, torch, train
+from torch._dynamo.testing import CompileCounterWithBackend
+model.SIZES["tiny"] = (256, 2, 4, 8)  # 3 MB a block: more than DDP's first bucket
+counter = CompileCounterWithBackend("aot_eager")  # which needs no C++ compiler
+torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend=counter)
 train.main()
-print("graphs", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+rank = train.os.environ.get("RANK", "0")
+train.Path(train.sys.argv[0]).with_name(f"graphs{rank}").write_text(str(counter.frame_count))
 """
 
 
 def test_compiled_blocks_do_the_same_in_two_processes_with_few_graphs(tmp_path, script, monkeypatch):
-    """Captions of many lengths, with validations in between, which are not compiled."""
+    """Captions of many lengths, blocks that DDP would cut, and validations in between, which are not compiled."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(data, "SHAPES_SAMPLES", {"train": 64, "val": 8})
     for split in ("train", "val"):
         data.prepare("shapes", split, tmp_path, image_size=16, tokenizer="words:8", workers=1)
     options = ("--data-dir", tmp_path, *TINY, "--eval-every", 2, "--steps", 5, "--max-tokens", 64)
     options += ("--tokenizer", "words:8")
-    script("train.py", *options, "--out", tmp_path / "plain")
-    (tmp_path / "compiled.py").write_text(COMPILED)
+    (tmp_path / "run.py").write_text(LARGE_BLOCKS)
+    script(tmp_path / "run.py", *options, "--out", tmp_path / "plain")
     run = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    said = script(
-        tmp_path / "compiled.py", *options, "--compile", "on", "--out", tmp_path / "compiled", launch=run
-    ).stdout
+    compiled = ("--compile", "on", "--out", tmp_path / "compiled")
+    said = script(tmp_path / "run.py", *options, *compiled, launch=run).stdout
     assert "torch.compile on" in said
-    graphs = re.findall(r"graphs (\d+)", said)
-    assert len(graphs) == 2 and set(graphs) <= {"3", "4"}
+    assert {(tmp_path / f"graphs{rank}").read_text() for rank in (0, 1)} <= {"3", "4"}
     torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), atol=1e-5, rtol=0)
 
 
