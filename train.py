@@ -124,7 +124,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     preset = PRESETS.get(args.dataset, PHOTOGRAPHS)
     if args.bench:
-        args.steps, args.fresh = args.steps or 40, True
+        args.steps, args.fresh, args.eval_every = args.steps or 40, True, 0
         args.log_every = min(args.steps, args.log_every or 10)
     given = ("steps", "epochs") if args.steps or args.epochs else ()
     values = {"save_every": 500, "eval_every": 500, "log_every": 50} | preset
@@ -548,8 +548,7 @@ def main():
             total, work, waited, since_step = torch.zeros_like(total), 0, 0.0, done
             since = time.time()
         paused = time.time()
-        evaluate_now = args.eval_every and done % args.eval_every == 0 and done < args.steps and eval_count
-        if evaluate_now and not stop and not args.bench:
+        if args.eval_every and done % args.eval_every == 0 and done < args.steps and eval_count and not stop:
             validate(done)
         if save_now:
             save("ckpt.pt", done)

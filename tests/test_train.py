@@ -177,14 +177,14 @@ def test_the_number_of_processes_changes_nothing(shapes, tmp_path, script, monke
 
 
 LARGE_BLOCKS = """
-import functools, model, torch, train
+import functools, model, os, pathlib, sys, torch, train
 from torch._dynamo.testing import CompileCounterWithBackend
 model.SIZES["tiny"] = (256, 2, 4, 8)  # 3 MB a block: more than DDP's first bucket
 counter = CompileCounterWithBackend("aot_eager")  # which needs no C++ compiler
 torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend=counter)
 train.main()
-rank = train.os.environ.get("RANK", "0")
-train.Path(train.sys.argv[0]).with_name(f"graphs{rank}").write_text(str(counter.frame_count))
+graphs = pathlib.Path(sys.argv[0]).with_name("graphs" + os.environ.get("RANK", "0"))
+graphs.write_text(str(counter.frame_count))
 """
 
 
