@@ -1,90 +1,108 @@
-"""Captioned images in, shards out, batches from shards.
+"""Makes shards of captioned images, and batches of shards.
 
-    python data.py --dataset shapes                                              # the embedded data set, drawn here
-    python data.py --dataset cc3m --source 'cc3m/*.tar'                          # img2dataset / WebDataset tars
-    python data.py --dataset coco --split val --source val2017 --captions captions_val2017.json
-    python data.py --dataset cc3m coco --stats                                   # print and draw what is in them
-    python data.py --dataset cc3m --verify                                       # against the checksums
+    python data.py --dataset shapes                        # synthetic images
+    python data.py --dataset cc3m --source 'cc3m/*.tar'    # img2dataset or WebDataset tars
+    python data.py --dataset coco --split val --source coco --captions dataset_coco.json
+    python data.py --dataset cc3m --stats                  # lengths of the captions
 
-Every image is resized once and every caption tokenized once. DATA_DIR/DATASET/SPLIT then holds, little-endian,
+Images are resized and captions tokenized once. DATA_DIR/DATASET/SPLIT has
 
-    NNNNN.shard    of each sample the bytes of its image, then its captions in uint32 tokens, each with its EOS
-    samples.bin    of each sample one RECORD, which says where it is; the held-out samples come last
-    meta.json      what is needed to read the others: record, tokenizer, counts, checksums
+    NNNNN.shard   bytes of each image, followed by its captions in uint32 tokens
+    samples.bin   one RECORD for each image, the held-out ones (0.5 %) last
+    meta.json     record, tokenizer, counts
 
-and is memory-mapped. Images (JPEG; up to 64 px PPM, which is faster) keep their aspect ratio, so that a random crop can
-use all of the photograph. The held-out samples, whose keys hash below 0.5 %, validate where there is no other split.
-Sources may be hostile: nothing is unpacked, and a worker holds one sample at a time, in less than 1 GB.
-
-Nothing in the loader is random in the usual sense: order, crop, choice of caption and noise are functions of
-(seed, position in the run), whatever the number of processes, and a resumed run needs no saved state."""
+Batches depend on (seed, position in the run) alone: a resumed run needs no saved state.
+Shape letters: B captioned images, S pixels a side, T caption tokens."""
 import argparse
 import contextlib
 import csv
-import errno
 import fcntl
+import functools
 import glob
 import gzip
 import hashlib
 import io
-import itertools
 import json
-import multiprocessing
+import math
 import os
 import re
+import shlex
 import sys
 import tarfile
-import threading
 import warnings
-from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-FORMAT = 2                                            # of the shards; raised when a reader of the old one would misread
-RECORD = np.dtype([("key", "S48"), ("shard", "<i4"), ("start", "<i8"), ("image_bytes", "<i4"), ("tokens", "<i4"),
-                   ("width", "<i4"), ("height", "<i4"), ("held_out", "|b1")])   # the size is that of the source
+# PHOTOGRAPHS is for other names too. max_tokens includes EOS.
+PHOTOGRAPHS = {"image_size": 224, "tokenizer": "gpt2", "max_tokens": 64}
+DATASETS = {
+    "shapes": {"image_size": 48, "tokenizer": "words:100", "max_tokens": 16},
+    "flickr8k": {"image_size": 32, "tokenizer": "words:4000", "max_tokens": 32},
+    "recap": PHOTOGRAPHS | {"max_tokens": 128},
+    **dict.fromkeys(("coco", "cc3m", "cc12m"), PHOTOGRAPHS),
+}
+FORMAT = 4
+RECORD = np.dtype([("key", "S48"), ("shard", "<i4"), ("start", "<i8"), ("image_bytes", "<i4"),
+                   ("tokens", "<i4"), ("held_out", "|b1")])
 HELD_OUT, HELD_OUT_MOST = 0.005, 10_000
-UNIT_SAMPLES = 2048                                   # in a shard of drawings or of a table; a tar or a folder is one
-MAX_PIXELS, MAX_RATIO, MIN_SIDE, PPM_SIDE = 50_000_000, 10, 8, 64
-LEAST_STORED = 64                                     # so that crops of small images need not be enlarged
+UNIT_SAMPLES = 2048  # in a shard; a tar becomes one shard
+MIN_SIDE, MEGAPIXELS, MAX_RATIO = 8, 50, 10  # of images that are read
+SMALL = 64  # least side of stored images, in pixels; up to this size PPM, faster than JPEG
 IMAGE_TYPES, TEXT_TYPES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
-MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 1 << 25) | dict.fromkeys(TEXT_TYPES, 1 << 20)    # larger files are not read
+MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 1 << 25) | dict.fromkeys(TEXT_TYPES, 1 << 20)
+DISK_FULL = ("No space left", "Disk quota exceeded", "File too large")
+JUNK = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints"}
+
+BAD_FILE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+            RecursionError, zlib.error, csv.Error)  # from parsers
 
 
+# ---- errors and options
 class UserError(Exception):
-    """Bad input, in words for the user: `run` prints it as one line and exits with status 2."""
+    """Bad input: one line and status 2."""
 
 
 class BadSample(Exception):
-    """A sample that is skipped; its text is the reason under which it is counted."""
+    """A sample to skip and count by the message."""
 
 
 def run(main):
-    """Call a script's main(). UserErrors, unusable files, a full disk and a GPU that is too small become one line and
-    status 2; bugs keep their traceback."""
+    """Call main(); errors but bugs become one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
-    except (UserError, OSError, torch.OutOfMemoryError) as problem:
-        words = str(problem).split("UserError: ")[-1].strip()       # loader processes send theirs with a traceback
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # as in `sample.py ... | head`
+        os._exit(1)
+    except (UserError, OSError, RuntimeError) as problem:
+        lines = str(problem).strip().splitlines() or [""]
+        message = lines[-1].split("UserError: ")[-1]  # after a loader's traceback
         if isinstance(problem, torch.OutOfMemoryError):
-            words = f"{words.splitlines()[0][:120]}: try a smaller --micro-batch (of train.py) or --batch-size"
-        elif isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            words += ": make room and type the same command again; what was finished is kept"
-        elif isinstance(problem, OSError) and not problem.filename:
-            raise
-        sys.stderr.write(f"error: {words}\n")
+            message = f"{lines[0]}: try a smaller --micro-batch or --batch-size"
+        elif "DataLoader worker (pid" in lines[0]:
+            message = "a worker was killed (memory?): try fewer --workers"
+        elif any(text in message for text in DISK_FULL):
+            message += ": make room, then type the command again"
+        elif not isinstance(problem, UserError) and not re.search(r"\[Errno.*: '", message):
+            raise  # a bug
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
-    """The command line of a script: -h prints its docstring as it stands, a mistake becomes a UserError."""
-
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -92,625 +110,805 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} -h lists the options")
 
 
-def check_least(args, **least):
-    """Raise UserError if an option is given and is smaller than its least value, or absurdly large."""
-    for name, low in least.items():
-        if getattr(args, name) is not None and not low <= getattr(args, name) < 1 << 63:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}, below 2^63")
+def number_type(kind, fits, expected):
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            number = kind(text)
+            if fits(number) and number < 1 << 63:
+                return number
+        raise argparse.ArgumentTypeError(f"{text:.99}: expected {expected}")
+
+    return parse
 
 
-# ---------------------------------------------------------------------------------------------- tokenizers
-PIECE = r" ?\w+| ?[^\w\s]+|\s+"                       # cuts any text into pieces; the same to `re` and to tiktoken
+positive_int = number_type(int, lambda x: x > 0, "a whole number above 0")
+non_negative_int = number_type(int, lambda x: x >= 0, "a whole number, not negative")
+positive_float = number_type(float, lambda x: x > 0, "a number above 0")
+non_negative_float = number_type(float, lambda x: x >= 0, "a number, not negative")
+fraction = number_type(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+
+
+def listed(names):
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(map(str, names[:3])) + more
+
+
+# ---- tokenizers
+# \w would lack the vowel signs of Hindi, Thai and Tamil, and differs between re and tiktoken.
+MARKS = r"!-/:-@\[-^`{-~¡-¿،؛؟।\u2010-\u206f\u3000-\u303f\uff00-\uff0f"
+PIECE = rf" ?[^\s{MARKS}]+| ?[{MARKS}]+|\s+"
 
 
 def load_tokenizer(spec):
-    """{"name": "gpt2"} or {"name": "words:N", "pieces": [...]} -> tiktoken.Encoding; its `eot_token` is our EOS.
-    Raises UserError if tiktoken does not know the name, or would have to download it and cannot."""
+    """{"name": "gpt2"} or {"name": "words:N", "pieces": [...]} -> tiktoken.Encoding; its eot_token
+    is EOS. Raises UserError."""
+    name = spec["name"]
     if "pieces" in spec:
-        ranks = [bytes([b]) for b in range(256)] + [piece.encode() for piece in spec["pieces"]]
-        return tiktoken.Encoding(spec["name"], pat_str=PIECE, mergeable_ranks={r: i for i, r in enumerate(ranks)},
-                                 special_tokens={"<|endoftext|>": len(ranks)})
+        pieces = [bytes([byte]) for byte in range(256)]
+        pieces += [piece.encode() for piece in spec["pieces"]]
+        ranks = {piece: rank for rank, piece in enumerate(pieces)}
+        return tiktoken.Encoding(name, pat_str=PIECE, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": len(pieces)})
     try:
-        return tiktoken.get_encoding(spec["name"])
-    except (OSError, ValueError) as problem:          # no network, a damaged cache, an unknown name
-        raise UserError(f"tokenizer {spec['name']!r} is unknown or not to be had ({type(problem).__name__}): set "
-                        "TIKTOKEN_CACHE_DIR to a folder that has it, or make one with --tokenizer words:8000") from None
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError):  # no network, a damaged cache, an unknown name
+        raise UserError(f"tokenizer {name!r} is unknown or not in TIKTOKEN_CACHE_DIR: copy it "
+                        "there, or use --tokenizer words:8000") from None
 
 
 def words_tokenizer(name, counts):
-    """Name "words:N" and a Counter of pieces -> spec: the 256 bytes and the N most frequent pieces of several bytes."""
+    """"words:N", Counter of pieces -> spec with the N most frequent of several bytes."""
     ranked = sorted(counts, key=lambda piece: (-counts[piece], piece))
-    return {"name": name, "pieces": [p for p in ranked if len(p.encode()) > 1][:int(name.removeprefix("words:"))]}
-
-
-def decode_caption(tokenizer, tokens):
-    """Token ids -> the text before the first EOS."""
-    before_end = itertools.takewhile(lambda token: token != tokenizer.eot_token, map(int, tokens))
-    return tokenizer.decode(list(before_end), errors="replace").strip()
-
-
-# ---------------------------------------------------------------------------------------------- images
-def open_image(file, short_side=None):
-    """File name or binary file -> upright RGB PIL image; `info["original_size"]` is its size in the file.
-    With `short_side` a JPEG may come back smaller, but never below it. Transparency becomes white.
-    Raises BadSample with the reason: everything that a hostile file can do has to end here."""
-    try:
-        image = Image.open(file, formats=("JPEG", "PNG", "WEBP", "PPM"))
-        width, height = size = image.size
-        if min(size) < MIN_SIDE or max(size) > MAX_RATIO * min(size) or width * height > MAX_PIXELS:
-            raise Image.DecompressionBombError
-        if short_side:                                # a JPEG can be decoded at 1/2, 1/4 or 1/8 if that is still enough
-            image.draft("RGB", (width * short_side // min(size), height * short_side // min(size)))
-        image.load()
-    except Exception as problem:                      # Pillow's decoders raise a dozen different types
-        reasons = {FileNotFoundError: "no such file", Image.DecompressionBombError: "image of an absurd size",
-                   Image.UnidentifiedImageError: "not a JPEG, PNG or WebP image"}
-        raise BadSample(reasons.get(type(problem), "image data is broken")) from None
-    with contextlib.suppress(Exception):              # a broken EXIF block says nothing about the picture
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.has_transparency_data:
-        image, layer = Image.new("RGB", image.size, "white"), image.convert("RGBA")
-        image.paste(layer, mask=layer)
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    image.info["original_size"] = size
-    return image
-
-
-def crop_square(image, side, box=None):
-    """The box (left, top, right, bottom; default: the central square) of a PIL image as uint8 [side,side,3]."""
-    if box is None:
-        short = min(image.size)
-        left, top = ((length - short) // 2 for length in image.size)
-        box = (left, top, left + short, top + short)
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
-
-
-# ---------------------------------------------------------------------------------------------- shapes
-SHAPES_SAMPLES = {"train": 20_000, "val": 1024}
-COLOURS = {"red": (205, 25, 40), "green": (25, 130, 45), "blue": (30, 65, 200), "yellow": (215, 175, 0),
-           "purple": (125, 40, 155), "orange": (235, 110, 15)}
-FORMS, FORM_SIZES = ("circle", "square", "triangle", "cross"), {"small": 0.1, "large": 0.16}
-ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
-SHAPES_CAPTION = re.compile(r"a (?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+) at the (?P<row>\w+) (?P<column>\w+) "
-                            r"of a (?P<background>\w+) background")
-
-
-def draw_shapes(seed, pixels):
-    """One picture of the embedded data set and its caption, functions of the seed: PIL image [pixels,pixels], str.
-    Every attribute is in the caption, so SHAPES_CAPTION can judge a caption by rule and label pictures for probing.
-    Object and background never share a colour: exchanging the two words makes a wrong caption of the same words.
-    Backgrounds are pale and objects are not: with contrasts of both signs, forms stayed at chance for three minutes."""
-    rng = np.random.default_rng(seed)
-    size, form = list(FORM_SIZES)[rng.integers(2)], FORMS[rng.integers(len(FORMS))]
-    colour, background = rng.permutation(list(COLOURS))[:2]
-    column, row = rng.integers(3, size=2)
-    scale = 3 * pixels                                # drawn three times as large, then averaged
-    r = scale * FORM_SIZES[size] * rng.uniform(0.95, 1.05)
-    x, y = scale * ((np.array([column, row]) + 0.5) / 3 + rng.uniform(-0.02, 0.02, 2))
-    image = Image.new("RGB", (scale, scale), tuple(255 - (255 - c) * 2 // 5 for c in COLOURS[background]))
-    draw, fill = ImageDraw.Draw(image), COLOURS[colour]
-    if form == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill)
-    elif form == "cross":
-        draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill)
-        draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill)
-    else:
-        corners = 4 if form == "square" else 3
-        angle = 2 * np.pi * np.arange(corners) / corners - np.pi / (4 if form == "square" else 2)
-        draw.polygon([*zip(x + 1.2 * r * np.cos(angle), y + 1.2 * r * np.sin(angle), strict=True)], fill)
-    picture = np.asarray(image.resize((pixels, pixels), Image.Resampling.BOX)) + rng.normal(0, 4, (pixels, pixels, 3))
-    caption = f"a {size} {colour} {form} at the {ROWS[row]} {COLUMNS[column]} of a {background} background"
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), caption
-
-
-# ---------------------------------------------------------------------------------------------- sources
-def split_name(name):
-    """File name -> name without extension, which the files of a sample share, and extension: a/b.JPG -> a/b, jpg."""
-    stem, extension = os.path.splitext(name)
-    return stem, extension[1:].lower()
-
-
-def find_units(dataset, split, source, captions):
-    """What there is to read, one unit a shard: ["shapes", first seed, count], ["tar", file, bytes],
-    ["folder", path, images] or ["table", folder, [image, captions], ...]. Raises UserError if there is nothing."""
-    if dataset == "shapes":
-        first, count = (0 if split == "train" else 1 << 32), SHAPES_SAMPLES[split]
-        return [["shapes", first + i, min(UNIT_SAMPLES, count - i)] for i in range(0, count, UNIT_SAMPLES)]
-    found = [path for pattern in source or [] for path in glob.glob(os.path.expanduser(pattern))]
-    if captions and found:
-        table = read_table(captions)
-        return [["table", found[0], *table[i:i + UNIT_SAMPLES]] for i in range(0, len(table), UNIT_SAMPLES)]
-    files = sorted({str(path) for top in found for path in (top, *Path(top).rglob("*"))})
-    folders = Counter(os.path.dirname(file) for file in files if split_name(file)[1] in IMAGE_TYPES)
-    units = [["tar", file, os.path.getsize(file)] for file in files if split_name(file)[1] == "tar"]
-    if not units and not folders:
-        raise UserError(f"--source {' '.join(source or ['is missing'])}: nothing there; expected .tar files, images "
-                        "with a .txt or .json of the same name, or with --captions FILE a folder of images")
-    return units + [["folder", *item] for item in folders.items()]
-
-
-def read_table(path):
-    """COCO's captions_*.json, a CSV `image,caption` or Flickr's lines `image#0<TAB>caption` -> [(image, captions)]."""
-    table = {}
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="") as file:
-            if ".json" in os.path.basename(path):
-                coco = json.load(file)
-                names = {image["id"]: image["file_name"] for image in coco["images"]}
-                rows = [(names[note["image_id"]], note["caption"]) for note in coco["annotations"]]
-            elif "token" in os.path.basename(path):
-                rows = [line.rstrip().split("\t") for line in file if line.strip()]
-            else:
-                rows = [row for row in csv.reader(file, skipinitialspace=True) if row][1:]
-        for name, caption in rows:
-            table.setdefault(name.partition("#")[0], []).append(caption)
-    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:
-        raise UserError(f"--captions {path}: {type(error).__name__}: {error}; expected COCO's captions_*.json, "
-                        "a CSV with the header `image,caption`, or Flickr's *.token.txt") from None
-    return sorted(table.items())
-
-
-def read_tar(path, types, skipped):
-    """Yield what read_files does. tarfile parses single headers only: left alone it would read names of gigabytes and
-    recurse without end. Members that are no files, and what follows damage, are counted in `skipped`."""
-    long_name, total = None, os.path.getsize(path)
-    with open(path, "rb") as file:
-        try:
-            while (header := file.read(512)) != bytes(512):             # zeros are the end
-                member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
-                start, size, (stem, kind) = file.tell(), member.size, split_name(long_name or member.name)
-                if not 0 <= size <= total - start:
-                    raise tarfile.HeaderError
-                long_name = None
-                if member.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):      # of the member that follows
-                    text = file.read(min(size, 1 << 16)).decode(errors="replace")
-                    found = re.search(r"(?m)^\d+ path=(.*)\n" if member.type == tarfile.XHDTYPE else r"([^\0]+)", text)
-                    long_name = found and found[1]
-                elif member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.XGLTYPE):
-                    skipped["tar member is not a file"] += 1
-                elif kind in types:
-                    yield stem, kind, file.read(min(size, MAX_BYTES[kind] + 1))
-                file.seek(start + size + -size % 512)
-        except tarfile.HeaderError:
-            skipped["tar is cut short or damaged"] += 1
-
-
-def read_files(unit, types, skipped, pixels):
-    """Yield (stem, type, bytes) of a unit's files of these types, those of a sample one after the other. Of a file that
-    is larger than MAX_BYTES one byte more is read, by which read_samples knows. `pixels` is the size of drawings."""
-    kind, place, *rest = unit
-    if kind == "shapes":
-        for seed in range(place, place + rest[0]):
-            image, caption = draw_shapes(seed, pixels)
-            image.save(picture := io.BytesIO(), "PPM")
-            yield from ((f"{seed:012d}", "png", picture.getvalue()), (f"{seed:012d}", "txt", caption.encode()))
-    elif kind == "tar":
-        yield from read_tar(place, types, skipped)
-    else:
-        names = sorted(os.listdir(place), key=lambda name: (split_name(name), name)) if kind == "folder" else ()
-        for name, captions in rest if kind == "table" else zip(names, itertools.repeat(None)):
-            (stem, kind), path = split_name(name), os.path.join(place, name)
-            if captions:
-                yield stem, "json", json.dumps({"captions": captions}).encode()
-            if kind in types and os.path.isfile(path):
-                with open(path, "rb") as file:
-                    yield stem, kind, file.read(MAX_BYTES[kind] + 1)
+    pieces = [piece for piece in ranked if len(piece.encode()) > 1]
+    return {"name": name, "pieces": pieces[:int(name.removeprefix("words:"))]}
 
 
 def clean_caption(text):
-    """Caption as it is learnt and scored: white space collapsed, and CC12M's <PERSON> as "person", one common word for
-    five odd pieces. "" if nothing is left."""
+    """Caption with white space collapsed and CC12M's <PERSON> as "person"."""
     words = text.replace("\0", " ").replace("<PERSON>", "person").split()
     return " ".join(words).encode(errors="replace").decode()
 
 
-def read_samples(unit, types, skipped, caption_key, pixels=MIN_SIDE):
-    """Yield (key, {type: bytes}, captions) of a unit's samples, counting in `skipped` those without a usable caption.
+def decode_caption(tokenizer, tokens):
+    """Token ids -> the text before the first EOS."""
+    ids = [*map(int, tokens), tokenizer.eot_token]
+    return tokenizer.decode(ids[:ids.index(tokenizer.eot_token)], errors="replace").strip()
 
-    Captions are JSON's `caption_key`, or if that is None JSON's "captions", KEY.txt or JSON's "caption", the first that
-    is there."""
-    for stem, group in itertools.groupby(read_files(unit, types, skipped, pixels), lambda file: file[0]):
-        files = {}
-        for _, kind, content in group:
-            skipped["file of the same name"] += kind in files
-            files[kind] = content
+
+# ---- images
+def open_image(file, short_side=None):
+    """File name or binary file -> upright RGB PIL image; of a JPEG, perhaps reduced to not less
+    than `short_side`. Raises BadSample, whatever the file contains."""
+    PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        image = Image.open(file, formats=("JPEG", "PNG", "WEBP", "PPM"))
+        size = image.size
+        if math.prod(size) > MEGAPIXELS * 10**6:
+            raise BadSample(f"image above {MEGAPIXELS} megapixels")
+        if min(size) < MIN_SIDE or max(size) > MAX_RATIO * min(size):
+            raise BadSample(f"image side below {MIN_SIDE} pixels or ratio above {MAX_RATIO}:1")
+        if short_side:  # JPEG can be decoded at 1/2, 1/4 or 1/8
+            image.draft("RGB", [length * short_side // min(size) for length in size])
+        image.load()
+        with contextlib.suppress(Exception):  # broken EXIF
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+    except Exception as problem:  # decoders raise a dozen types
+        reasons = {BadSample: str(problem), FileNotFoundError: "no such file",
+                   Image.UnidentifiedImageError: "not a JPEG, PNG or WebP image"}
+        reason = reasons.get(type(problem), "image data is broken")
+        reason = "PNG metadata above 16 MB" if "MAX_TEXT" in str(problem) else reason
+        raise BadSample(reason) from None
+
+
+def to_rgb(image):
+    """PIL image -> RGB on white; 16 bits and floats are scaled."""
+    if image.mode.startswith(("I", "F")):
+        white = max(1, image.getextrema()[1]) if image.mode == "F" else 65535
+        image = image.point(lambda value: value * (255 / white) + 0).convert("L")
+        image.info.pop("transparency", None)  # a grey of 16 bits
+    if image.has_transparency_data:
+        layer = image.convert("LA" if image.mode == "La" else "RGBA")
+        image = Image.new("RGB", image.size, "white")
+        image.paste(layer, mask=layer)
+    return image.convert("RGB")
+
+
+def crop_square(image, side, box=None):
+    """Box (default: central square) of a PIL image -> uint8 [side,side,3]."""
+    if box:
+        image = image.resize((side, side), Image.Resampling.BICUBIC, box)
+    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC))
+
+
+def random_crop_box(size, scale, rng):
+    """(left, top, right, bottom) of torchvision's RandomResizedCrop: area uniform in [scale, 1],
+    aspect ratio log-uniform in [3/4, 4/3]."""
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(scale, 1)
+        aspect = (4 / 3) ** rng.uniform(-1, 1)
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width and h <= height:
+            x, y = rng.random(2)
+            break
+    else:
+        w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
+        x, y = 0.5, 0.5
+    left, top = x * (width - w), y * (height - h)
+    return left, top, left + w, top + h
+
+
+# ---- synthetic images: shapes
+SHAPES_SAMPLES = {"train": 20_000, "val": 1024}
+COLOURS = {"red": (205, 25, 40), "green": (25, 130, 45), "blue": (30, 65, 200),
+           "yellow": (215, 175, 0), "purple": (125, 40, 155), "orange": (235, 110, 15)}
+FORMS = ("circle", "square", "triangle", "cross")
+FORM_SIZES = {"small": 0.1, "large": 0.16}  # radius / side of the image
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
+SHAPES_CAPTION = re.compile(
+    r"a (?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+) at the (?P<row>\w+) (?P<column>\w+) "
+    r"of an? (?P<background>\w+) background")
+
+
+def draw_shapes(seed, pixels):
+    """Seed -> PIL image [pixels,pixels] and caption, wrong if its two colours are exchanged."""
+    rng = np.random.default_rng(seed)
+    size = list(FORM_SIZES)[rng.integers(2)]
+    form = FORMS[rng.integers(4)]
+    colour, background = rng.permutation(list(COLOURS))[:2]
+    column, row = rng.integers(3, size=2)
+
+    scale = 3 * pixels  # against aliasing
+    r = scale * FORM_SIZES[size] * rng.uniform(0.95, 1.05)
+    x, y = scale * ((np.array([column, row]) + 0.5) / 3 + rng.uniform(-0.02, 0.02, 2))
+    pale = tuple(255 - (255 - value) * 2 // 5 for value in COLOURS[background])
+    image = Image.new("RGB", (scale, scale), pale)
+    draw = ImageDraw.Draw(image)
+    fill = COLOURS[colour]
+    if form == "circle":
+        draw.circle((x, y), r, fill)
+    elif form == "cross":
+        draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill)
+        draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill)
+    else:
+        draw.regular_polygon((x, y, 1.2 * r), 4 if form == "square" else 3, fill=fill)
+
+    image = np.asarray(image.resize((pixels, pixels), Image.Resampling.BOX))
+    image = image + rng.normal(0, 4, image.shape)
+    article = "an" if background == "orange" else "a"
+    caption = (f"a {size} {colour} {form} at the {ROWS[row]} {COLUMNS[column]} "
+               f"of {article} {background} background")
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8)), caption
+
+
+# ---- sources: files and tars
+def split_name(name):
+    """a/b.JPG -> a/b, jpg. Files of a sample share the first, the stem."""
+    stem, extension = os.path.splitext(name)
+    return stem, extension[1:].lower()
+
+
+def is_junk(path):
+    """Is it a file of an operating system or notebook?"""
+    return any(part in JUNK or part[:2] == "._" for part in str(path).lower().split("/"))
+
+
+def list_files(folder, entered):
+    """All files below a folder, also through links, without folders in the set `entered`."""
+    real = os.path.realpath(folder)
+    names = [] if real in entered else sorted(os.listdir(folder))
+    entered.add(real)
+    files = []
+    for path in [os.path.join(folder, name) for name in names if not is_junk(name)]:
+        files += list_files(path, entered) if os.path.isdir(path) else [path]
+    return files
+
+
+def group_files(files):
+    """(name, place) pairs -> [(stem, [(type, place), ...], None), ...]"""
+    samples = defaultdict(list)
+    for name, place in files:
+        stem, kind = split_name(name)
+        if kind in MAX_BYTES:
+            samples[stem].append((kind, place))
+    return [(stem, places, None) for stem, places in samples.items()]
+
+
+def find_sources(patterns):
+    """Patterns with *, ? and [] -> paths, at least one each."""
+    found = set()
+    for pattern in map(os.path.expanduser, patterns):
+        paths = glob.glob(pattern.replace("[", "[[]")) or glob.glob(pattern)  # [] may be of a name
+        if not paths:
+            hint = "; type {0..9} without quotes" if "{" in pattern else ""
+            raise UserError(f"--source {pattern}: no such file or folder{hint}")
+        found.update(os.path.normpath(path) for path in paths if not is_junk(path))
+    return sorted(found)
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def describe(path):
+    """Name, size and time of a file."""
+    status = os.stat(path)
+    return [os.path.basename(path), status.st_size, int(status.st_mtime)]
+
+
+def split_list(values):
+    return [values[i:i + UNIT_SAMPLES] for i in range(0, len(values), UNIT_SAMPLES)]
+
+
+def find_units(dataset, split, source, captions):
+    """Units, one a shard, and a text that changes with the input. Units are ("shapes", seeds),
+    ("tar", path) or ("files", [(stem, [(type, (path,)), ...], captions or None), ...])."""
+    if dataset == "shapes":
+        first = 0 if split == "train" else 1 << 32
+        seeds = range(first, first + SHAPES_SAMPLES[split])
+        return [("shapes", part) for part in split_list(seeds)], f"{seeds}"
+
+    files = []
+    entered = set()
+    for path in find_sources(source or []):
+        if os.path.isdir(path):
+            files += list_files(path, entered)
+        elif split_name(path)[1] == "tar" and not captions:
+            files.append(path)
+        else:
+            raise UserError(f"--source {path}: expected a folder, or without --captions a .tar")
+    tars = []
+    if captions:
+        samples = place_table(read_table(captions, split), files)
+    else:
+        tars = sorted({path for path in files if split_name(path)[1] == "tar"})
+        folders = {os.path.dirname(path) for path in files if split_name(path)[1] in IMAGE_TYPES}
+        files = [path for path in files if os.path.dirname(path) in folders]
+        samples = group_files((path, (path,)) for path in files)
+    units = [("tar", path) for path in tars]
+    units += [("files", part) for part in split_list(samples)]
+    if not units:
+        raise UserError("--source: expected tars, or images with .txt, .json or --captions")
+
+    stamps = [describe(path) for path in tars]
+    stamps += [([describe(*place) for _, place in places], texts) for _, places, texts in samples]
+    return units, digest(stamps)[:8]
+
+
+def tar_members(file, skipped):
+    """Yield (name, size) of the plain files in a tar, with `file` at the start of each; `skipped`
+    counts others and damage. (TarFile keeps all members in memory.)"""
+    long_names = {tarfile.XHDTYPE: r"(?m)^\d+ path=(.*)\n", tarfile.GNUTYPE_LONGNAME: r"([^\0]+)"}
+    found = None
+    total = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    try:
+        while (header := file.read(512)) != bytes(512):  # zeros are the end
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            start = file.tell()
+            if not 0 <= member.size <= total - start:
+                raise tarfile.HeaderError
+            name = found[1] if found else member.name
+            found = None
+            if member.type in long_names:  # of the next member
+                text = file.read(min(member.size, 1 << 16)).decode(errors="surrogateescape")
+                found = re.search(long_names[member.type], text)
+            elif member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                if not is_junk(name):
+                    yield name, member.size
+            elif member.type not in (tarfile.DIRTYPE, tarfile.XGLTYPE):
+                skipped["tar member is not a file"] += 1
+            file.seek(start + math.ceil(member.size / 512) * 512)
+    except (tarfile.HeaderError, EOFError, zlib.error):
+        skipped["tar is cut short or damaged"] += 1
+
+
+# ---- tables of captions
+FILE_NAME = re.compile(r"(.*\.[A-Za-z]\w{1,4})(#\d+)?")  # Flickr: name.jpg#0
+TABLES = "JSON of COCO or Karpathy, [{image, caption}, ...], or lines `image,caption`"
+
+
+def decode_text(content):
+    return content.decode("utf-8-sig")  # with or without a byte order mark
+
+
+def read_table(path, split):
+    """Table of captions -> sorted [(image name, [caption, ...]), ...]"""
+    table = defaultdict(list)
+    try:
+        content = Path(path).read_bytes()
+        text = decode_text(gzip.decompress(content) if path.endswith(".gz") else content)
+        is_json = text.lstrip()[:1] in ("{", "[")
+        rows = json_rows(json.loads(text), split) if is_json else text_rows(text)
+        for name, captions in rows:
+            captions = [captions] if isinstance(captions, str) else captions
+            "".join(captions)  # raises unless all are texts
+            table[os.path.normpath(name)] += captions
+    except BAD_FILE as problem:
+        raise UserError(f"--captions {path}: {type(problem).__name__} after {len(table):,} good "
+                        f"images: {problem}; expected {TABLES}") from None
+    if not table:
+        raise UserError(f"--captions {path}: no captions of the split {split}")
+    return sorted(table.items())
+
+
+def json_rows(value, split):
+    """Yield (image, caption or captions)."""
+    if isinstance(value, list):  # as coco_karpathy_test.json
+        for row in value:
+            yield row["image"], row["caption"]
+    elif "annotations" in value:  # COCO
+        names = {image["id"]: image["file_name"] for image in value["images"]}
+        for row in value["annotations"]:
+            yield names[row["image_id"]], row["caption"]
+    else:  # Karpathy
+        for image in value["images"]:
+            if image["split"].replace("restval", "train") == split:
+                name = os.path.join(image.get("filepath", ""), image["filename"])
+                yield name, [sentence["raw"] for sentence in image["sentences"]]
+
+
+def text_rows(text):
+    """Yield (image, caption): first and last column."""
+    text = re.sub(r"(?m)^([^|\n]+\| *\d) {3}", r"\1| ", text)  # a row of Flickr30k lacks a |
+    mark = re.search(r"[,;|\t]|$", text)[0] or ","
+    quoting = csv.QUOTE_MINIMAL if mark in ",;" else csv.QUOTE_NONE
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, quoting=quoting,
+                        skipinitialspace=True, strict=True)
+    columns = 0
+    for row in filter(None, reader):
+        columns = columns or max(2, len(row))
+        if len(row) != columns:
+            raise ValueError(f"line {reader.line_num:,} ({mark.join(row):.80}) has {len(row)} "
+                             f"columns, not {columns}")
+        file_name = FILE_NAME.fullmatch(row[0].strip())
+        if file_name or reader.line_num > 1:  # not the header
+            yield file_name[1] if file_name else row[0], row[-1]
+
+
+def place_table(table, files):
+    """Table -> samples of find_units. Folders count if names repeat."""
+    by_name = defaultdict(list)
+    for path in files:
+        by_name[os.path.basename(path)].append(path)
+    samples = []
+    for name, captions in table:
+        stem, kind = split_name(name)
+        paths = by_name[os.path.basename(name)]
+        paths = [path for path in paths if path.endswith("/" + name)] or paths
+        if len(paths) > 1:
+            raise UserError(f"--captions: {name} is both of {listed(paths)}: use one --source")
+        samples.append((stem, [(kind, (path,)) for path in paths if kind in IMAGE_TYPES], captions))
+    return samples
+
+
+# ---- samples
+def read_file(kind, path, start=0, size=1 << 62):
+    with open(path, "rb") as file:
+        file.seek(start)
+        content = file.read(min(size, MAX_BYTES[kind] + 1))
+    if len(content) > MAX_BYTES[kind]:
+        raise BadSample(f"{kind} file above {MAX_BYTES[kind] >> 20} MB")
+    return content
+
+
+def find_captions(files):
+    """{type: bytes} -> captions"""
+    try:
+        text = decode_text(files.get("txt", b""))
+        record = json.loads(files.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        raise BadSample("caption is not UTF-8, or broken JSON") from None
+    record = record if isinstance(record, dict) else {}
+    captions = record.get("captions") or text or record.get("caption")
+    captions = captions if isinstance(captions, list) else [captions]
+    return [caption for caption in captions if isinstance(caption, str)]
+
+
+def store_image(files, image_size):
+    """{type: bytes} -> bytes of the resized image"""
+    contents = [files[kind] for kind in IMAGE_TYPES if kind in files]
+    if not contents:
+        raise BadSample("no image")
+    side = max(SMALL, round(image_size * 8 / 7))
+    image = open_image(io.BytesIO(contents[0]), side)
+    image.info = {}  # JPEG would keep comments
+    if min(image.size) > side:
+        image = ImageOps.cover(image, (side, side), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "PPM" if image_size <= SMALL else "JPEG", quality=90)
+    return file.getvalue()
+
+
+def read_samples(unit, skipped, image_size=None):
+    """Yield (key, image to store, captions) of a unit; `skipped` counts others. Without image_size
+    only captions are read."""
+    source, content = unit
+    if source == "shapes":
+        for seed in content:
+            image, caption = draw_shapes(seed, image_size or MIN_SIDE)
+            file = io.BytesIO()
+            image.save(file, "PPM")
+            files = {"png": file.getvalue()}
+            yield f"{seed:012d}", image_size and store_image(files, image_size), [caption]
+        return
+    if source == "tar":
+        with open(content, "rb") as file:
+            content = group_files((name, (content, file.tell(), size))
+                                  for name, size in tar_members(file, skipped))
+
+    types = MAX_BYTES if image_size else TEXT_TYPES
+    for stem, places, captions in content:
         try:
-            if any(len(content) > MAX_BYTES[kind] for kind, content in files.items()):
-                raise BadSample("file is too large")
-            text, record = files.get("txt", b"").decode(), json.loads(files.get("json", b"{}"))
-            record = record if isinstance(record, dict) else {}
-            found = record.get(caption_key) if caption_key else record.get("captions") or text or record.get("caption")
-            texts = [text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
-            captions = list(filter(None, map(clean_caption, texts)))
+            files = {kind: read_file(kind, *place) for kind, place in places if kind in types}
+            captions = find_captions(files) if captions is None else captions
+            captions = [text for text in map(clean_caption, captions) if text]
             if not captions:
                 raise BadSample("no caption")
+            image = image_size and store_image(files, image_size)
         except BadSample as reason:
             skipped[str(reason)] += 1
-        except (ValueError, RecursionError) as problem:
-            skipped["caption is not UTF-8" if isinstance(problem, UnicodeDecodeError) else "broken JSON"] += 1
         else:
-            yield os.path.basename(stem), files, captions
+            skipped["file of the same name"] += len(places) - len(dict(places))
+            yield os.path.basename(stem), image, captions
 
 
-# ---------------------------------------------------------------------------------------------- writing shards
+# ---- writing shards
 @contextlib.contextmanager
 def replace_file(path):
-    """A binary file that becomes `path` when the block ends well: flushed to disk and renamed, whole or not at all."""
-    path = Path(path)
+    """A binary file that replaces `path` when the block ends well."""
+    temporary = Path(f"{path}.tmp")
     try:
-        with open(f"{path}.tmp", "w+b") as file:
+        with open(temporary, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(f"{path}.tmp").unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)        # the name is on disk only when its folder is
-    os.fsync(folder)
-    os.close(folder)
 
 
 def write_json(path, value):
-    """Replace a JSON file, whole or not at all."""
     with replace_file(path) as file:
         file.write(json.dumps(value, indent=1).encode())
 
 
-def fingerprint(path):
-    """Size and checksum of a file, as in meta.json."""
-    with open(path, "rb") as file:
-        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def lock(folder, wait=False):
+    """Reserve a folder while the returned file is open, here and in workers."""
+    file = open(Path(folder, ".lock"), "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another process: wait, or use another") from None
+    except OSError as problem:
+        sys.stderr.write(f"note: {folder} has no lock ({problem.strerror}): use it once\n")
+    return file
 
 
-def end_with_parent():
-    """For a worker to start with: it would outlive a parent that is killed, and hold its lock for ever."""
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
+def write_shard(folder, plan, job):
+    """Write a shard, then NNNNN.done with its counts, unless an earlier run did -> counts."""
+    number, unit = job
+    name = f"{folder}/{number:05d}"
+    done_file = Path(f"{name}.done")
+    if done_file.exists():
+        done = json.loads(done_file.read_text())
+        if done["plan"] == digest(plan):
+            return done
 
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def write_shard(unit, number, folder, plan):
-    """Read a unit and write NNNNN.shard, its records NNNNN.samples and last its counts NNNNN.done, which say what it
-    was made from. Returns those counts; what an earlier run has finished is left alone."""
-    shard_file, samples_file, done_file = (folder / f"{number:05d}.{name}" for name in ("shard", "samples", "done"))
-    made_from = hashlib.sha256(json.dumps([unit, plan]).encode()).hexdigest()
-    if done_file.exists() and (done := json.loads(done_file.read_text()))["made_from"] == made_from:
-        return done
-    warnings.simplefilter("ignore")                   # Pillow's, of sizes that are refused and of broken EXIF blocks
-    tokenizer, side, lengths, skipped = load_tokenizer(plan["tokenizer"]), plan["stored_side"], Counter(), Counter()
-    with replace_file(shard_file) as shard, replace_file(samples_file) as samples:
-        for key, files, captions in read_samples(unit, MAX_BYTES, skipped, plan["caption_key"], plan["image_size"]):
-            found = [files[kind] for kind in IMAGE_TYPES if kind in files]
-            try:
-                image = open_image(io.BytesIO(found[0] if found else b""), side)
-            except BadSample as reason:
-                skipped[str(reason) if found else "no image"] += 1
-                continue
-            original_size, image.info = image.info["original_size"], {}     # JPEGs would keep comments from there
-            if min(image.size) > side:                # never upscaled
-                size = [round(length * side / min(image.size)) for length in image.size]
-                image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-            image.save(encoded := io.BytesIO(), plan["encoding"], quality=90)
-            captions = [[*tokenizer.encode_ordinary(caption), tokenizer.eot_token] for caption in captions]
-            lengths.update(str(len(caption)) for caption in captions)       # as in JSON
-            tokens = np.fromiter(itertools.chain(*captions), "<u4")
-            key = key.encode(errors="replace")[-RECORD["key"].itemsize:]    # the end of a long one
-            held_out = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) < HELD_OUT * 2 ** 64
-            record = (key, number, shard.tell(), encoded.tell(), len(tokens), *original_size, held_out)
-            samples.write(np.array(record, RECORD).tobytes())
-            shard.write(encoded.getvalue() + tokens.tobytes())
-    done = {"made_from": made_from, "lengths": lengths, "skipped": skipped, "file": fingerprint(shard_file)}
+    warnings.simplefilter("ignore")  # Pillow's, about broken EXIF blocks
+    tokenizer = load_tokenizer(plan["tokenizer"])
+    lengths, skipped = Counter(), Counter()
+    records = []
+    with replace_file(f"{name}.shard") as shard:
+        for key, image, captions in read_samples(unit, skipped, plan["image_size"]):
+            tokens = []
+            for caption in captions:
+                ids = [*tokenizer.encode_ordinary(caption), tokenizer.eot_token]
+                lengths[str(len(ids))] += 1
+                tokens += ids
+            key = key.encode(errors="replace")[-RECORD["key"].itemsize:]
+            place = int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2 ** 64
+            records.append((key, number, shard.tell(), len(image), len(tokens), place < HELD_OUT))
+            shard.write(image + np.array(tokens, "<u4").tobytes())
+        size = shard.tell()
+    done = {"plan": digest(plan), "lengths": lengths, "skipped": +skipped, "bytes": size,
+            "records": np.array(records, RECORD).tobytes().hex()}
     write_json(done_file, done)
     return done
 
 
-def count_pieces(unit, caption_key):
-    """How often each piece occurs in the captions of a unit: the first pass for a words:N tokenizer."""
-    samples = read_samples(unit, TEXT_TYPES, Counter(), caption_key)
-    return Counter(piece for *_, captions in samples for caption in captions for piece in re.findall(PIECE, caption))
+def choose_tokenizer(folder, units, name):
+    """Spec of the tokenizer: that of train, of tiktoken, or made of the captions."""
+    words = re.fullmatch(r"words:\d+", name)
+    train = folder.parent / "train"
+    if folder != train and (words or (train / "meta.json").exists()):
+        tokenizer = Shards(train).meta["tokenizer"]
+        if tokenizer["name"] != name:
+            raise UserError(f"--tokenizer {name}: train has {tokenizer['name']}, as all must")
+        return tokenizer
+    if not words:
+        load_tokenizer({"name": name})
+        return {"name": name}
+    counts = Counter()
+    for unit in tqdm(units, "captions"):
+        for _, _, captions in read_samples(unit, Counter()):
+            counts.update(piece for caption in captions for piece in re.findall(PIECE, caption))
+    return words_tokenizer(name, counts)
 
 
-def prepare(dataset, split, data_dir="data", source=None, captions=None, caption_key=None, image_size=224,
-            tokenizer="gpt2", workers=None, fresh=False):
-    """Make the shards of data_dir/dataset/split and return its meta.json. The arguments are those of `data.py -h`.
-    Killed at any moment and called again it makes what is missing; the bytes are the same. Raises UserError."""
-    folder = Path(data_dir) / dataset / split
-    folder.mkdir(parents=True, exist_ok=True)
-    meta_file, samples_file = folder / "meta.json", folder / "samples.bin"
-    plan = {"format": FORMAT, "image_size": image_size, "caption_key": caption_key, "tokenizer": {"name": tokenizer},
-            "stored_side": image_size if dataset == "shapes" else max(LEAST_STORED, round(image_size * 8 / 7)),
-            "encoding": "PPM" if image_size <= PPM_SIDE else "JPEG"}
-    with open(folder / ".lock", "w") as lock:         # the system drops the lock with the process, however that ends
-        try:                                          # all processes of a training run ask for `shapes`: they wait
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if dataset == "shapes" else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(f"{folder} is being made by another process: wait, or use another --data-dir") from None
-        if meta_file.exists() and not fresh:
-            meta = Shards(folder).meta
-            was = meta | {"tokenizer": {"name": meta["tokenizer"]["name"]}}
-            changed = [f"{name} was {was.get(name)}, now {plan[name]}" for name in plan if was.get(name) != plan[name]]
-            if changed:
-                raise UserError(f"{folder} was made otherwise ({'; '.join(changed)}): use --fresh, the train split "
-                                "first, or another --data-dir")
-            return meta
-        units = find_units(dataset, split, source, captions)
-        bar = {"total": len(units), "unit": "shard", "dynamic_ncols": True}
-        if not (words := re.fullmatch(r"words:\d+", tokenizer)):
-            load_tokenizer(plan["tokenizer"])         # before the work begins; forked workers inherit it
-        meta_file.unlink(missing_ok=True)
-        try:
-            with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
-                if words and split == "train":
-                    counts = pool.map(count_pieces, units, itertools.repeat(caption_key))
-                    plan["tokenizer"] = words_tokenizer(tokenizer, sum(tqdm(counts, "captions", **bar), Counter()))
-                elif words:                           # one tokenizer for all splits
-                    plan["tokenizer"] = Shards(folder.parent / "train").meta["tokenizer"]
-                    if plan["tokenizer"]["name"] != tokenizer:
-                        raise UserError(f"--tokenizer {tokenizer}: train has {plan['tokenizer']['name']}, as must val")
-                jobs = pool.map(write_shard, units, itertools.count(), itertools.repeat(folder), itertools.repeat(plan))
-                shards = list(tqdm(jobs, f"{dataset}/{split}", **bar))
-        except BrokenExecutor:
-            raise UserError("a worker was killed, perhaps for want of memory: type the same command again, with fewer "
-                            "--workers; finished shards are kept") from None
-        rows = np.concatenate([np.fromfile(folder / f"{number:05d}.samples", RECORD) for number in range(len(units))])
-        lengths, skipped = (sum((Counter(s[name]) for s in shards), Counter()) for name in ("lengths", "skipped"))
-        if not len(rows):
-            raise UserError(f"not one usable sample in --source {source} ({dict(skipped)})")
-        samples_file.write_bytes(rows[np.argsort(rows["held_out"], kind="stable")].tobytes())
-        files = {f"{number:05d}.shard": shard["file"] for number, shard in enumerate(shards)}
-        files["samples.bin"] = fingerprint(samples_file)
-        meta = plan | {"record": RECORD.descr, "samples": len(rows), "held_out": int(rows["held_out"].sum()),
-                       "lengths": lengths, "skipped": skipped, "files": files}
-        write_json(meta_file, meta)
-        for path in [*folder.glob("[0-9]*.samples"), *folder.glob("[0-9]*.done")]:
+def make_split(folder, units, plan, workers):
+    """Write the shards and then meta.json of a split -> the latter."""
+    plan = plan | {"tokenizer": choose_tokenizer(folder, units, plan["tokenizer"])}
+    (folder / "meta.json").unlink(missing_ok=True)
+    lengths, skipped = Counter(), Counter()
+    sizes = {}
+    records = []
+    loader = torch.utils.data.DataLoader(  # its processes call write_shard for each unit
+        list(enumerate(units)), collate_fn=functools.partial(write_shard, folder, plan),
+        num_workers=min(workers or os.cpu_count(), len(units)),
+        batch_size=None, generator=torch.Generator())
+    for i, done in enumerate(tqdm(loader, folder.name, unit="shard")):
+        lengths.update(done["lengths"])
+        skipped.update(done["skipped"])
+        sizes[f"{i:05d}.shard"] = done["bytes"]
+        records.append(np.frombuffer(bytes.fromhex(done["records"]), RECORD))
+
+    records = np.concatenate(records)
+    if len(records) < max(1, skipped.total()):
+        raise UserError(f"only {len(records):,} samples can be used, skipped: {dict(skipped)}")
+    records = records[np.argsort(records["held_out"], kind="stable")]
+    (folder / "samples.bin").write_bytes(records.tobytes())
+    sizes["samples.bin"] = records.nbytes
+    meta = plan | {"record": RECORD.descr, "samples": len(records), "lengths": lengths,
+                   "held_out": int(records["held_out"].sum()), "skipped": skipped, "bytes": sizes}
+    write_json(folder / "meta.json", meta)
+    for path in folder.glob("[0-9]*"):
+        if path.name not in sizes:
             path.unlink()
     return meta
 
 
-# ---------------------------------------------------------------------------------------------- reading shards
+def prepare(dataset, split, data_dir="data", source=None, captions=None, image_size=224,
+            tokenizer="gpt2", workers=None, fresh=False):
+    """Make what is missing of a split -> meta.json. A finished split is compared with its sources
+    if they exist. Raises UserError."""
+    if image_size > 4096:
+        raise UserError(f"--image-size {image_size}: expected at most 4096 pixels")
+    folder = Path(data_dir) / dataset / split
+    finished = (folder / "meta.json").exists() and not fresh
+    plan = {"format": FORMAT, "image_size": image_size, "tokenizer": tokenizer}
+    try:
+        units, plan["sources"] = find_units(dataset, split, source, captions)
+    except UserError:
+        if not finished:
+            raise
+
+    if not finished:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder, wait=dataset == "shapes"):  # all ranks of train.py make shapes
+            if fresh or not (folder / "meta.json").exists():
+                return make_split(folder, units, plan, workers)
+    meta = Shards(folder).meta
+    was = meta | {"tokenizer": meta["tokenizer"]["name"]}
+    for key in plan:
+        if was[key] != plan[key]:
+            raise UserError(f"{folder}: {key} was {was[key]}, now {plan[key]}: type --fresh (train "
+                            "first), or another --data-dir")
+    if finished:
+        sys.stderr.write(f"note: {folder} was finished earlier, see --fresh\n")
+    return meta
+
+
+# ---- reading shards
 class Shards:
-    """Random access to a split by sample number in O(1), through memory maps; a shard is mapped when first touched.
-    part: "all", or of a split without a validation set "train" (all but the held-out samples) or "held_out".
-    Raises UserError where the files do not fit meta.json or each other, before anything is read out of range."""
+    """Memory-mapped samples of a split, or its part "held_out" or "train". Raises UserError."""
 
     def __init__(self, folder, part="all"):
-        self.folder, self.maps = Path(folder), {}
-        if not (self.folder / "meta.json").exists():
-            raise UserError(f"no shards in {folder}; make them with: python data.py --dataset {self.folder.parent.name}"
-                            f" --split {self.folder.name} --source TARS")
+        self.folder = Path(folder)
+        self.maps = {}
+        file = self.folder / "meta.json"
+        if not file.exists():
+            raise UserError(f"no shards in {folder}: type python data.py --source TARS --dataset "
+                            f"{self.folder.parent.name} --split {self.folder.name}")
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-            if self.meta["format"] != FORMAT:
-                raise ValueError(f"format {self.meta['format']}, this program reads {FORMAT}")
-            samples, held_out = int(self.meta["samples"]), min(int(self.meta["held_out"]), HELD_OUT_MOST)
-            self.sizes = {name: int(file["bytes"]) for name, file in self.meta["files"].items()}
-            self.lengths = {int(length): int(count) for length, count in self.meta["lengths"].items()}
-            self.digest = hashlib.sha256(json.dumps(self.meta["files"]).encode()).hexdigest()
+            self.meta = json.loads(file.read_text())
+            self.digest = digest(self.meta)
             self.tokenizer = load_tokenizer(self.meta["tokenizer"])
-            if not 0 <= held_out <= samples or samples * RECORD.itemsize != self.sizes["samples.bin"]:
-                raise ValueError("its counts make no sense")
-            for name, size in self.sizes.items():
-                if os.path.getsize(self.folder / name) != size:
+            self.lengths = {int(length): int(n) for length, n in self.meta["lengths"].items()}
+            self.sizes = self.meta["bytes"]
+            samples, held_out = int(self.meta["samples"]), int(self.meta["held_out"])
+            if self.meta["format"] != FORMAT or not 0 <= held_out <= samples:
+                raise ValueError("format or counts are wrong")
+            for name, size in {**self.sizes, "samples.bin": samples * RECORD.itemsize}.items():
+                if not os.path.getsize(self.folder / name) == size == self.sizes[name]:
                     raise ValueError(f"{name} does not have {size:,} bytes")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
-            raise UserError(f"the shards in {folder} are damaged ({type(problem).__name__}: {problem}): copy them "
-                            "again, or prepare them again with --fresh") from None
-        every, end = range(samples), samples - held_out
-        self.rows = {"all": every, "train": every[:end], "held_out": every[end:]}[part]     # of samples.bin
+        except BAD_FILE as problem:
+            raise self.damaged(f"{type(problem).__name__}: {problem}") from None
+        end = samples - min(held_out, HELD_OUT_MOST)
+        parts = {"all": range(samples), "train": range(end), "held_out": range(end, samples)}
+        self.rows = parts[part]
 
     def __len__(self):
         return len(self.rows)
 
-    def __getstate__(self):                           # a loader process that is not forked maps the files itself
+    def __getstate__(self):  # spawned loader processes map the files themselves
         return self.__dict__ | {"maps": {}}
 
-    def _read(self, name, start, count):
-        """Part of a file, uint8 [count]. Raises UserError if the file has no such part."""
-        if not 0 <= start < start + count <= self.sizes.get(name, -1):
-            raise UserError(f"{self.folder}: damaged, samples.bin points beyond {name}; try data.py --verify")
-        if name not in self.maps:                     # torch closes a mapped file, numpy would hold thousands open
-            memory = torch.from_file(str(self.folder / name), size=self.sizes[name], dtype=torch.uint8)
-            self.maps[name] = memory.numpy()
+    def subset(self, count, seed):
+        """`count` random samples; a larger subset with the same seed contains them."""
+        if count > len(self):
+            raise UserError(f"{self.folder} has {len(self):,} samples, fewer than {count:,}")
+        part = Shards(self.folder)
+        part.rows = random_stream(seed, SUBSET, 0).permutation(self.rows)[:count].copy()
+        return part
+
+    def damaged(self, what):
+        return UserError(f"{self.folder} is damaged: {what}; copy it again or use data.py --fresh")
+
+    def read(self, name, start, count):
+        if not 0 <= start < start + count <= self.sizes.get(name, 0):
+            raise self.damaged(f"samples.bin points beyond {name}")
+        if name not in self.maps:  # torch, unlike numpy, closes the file
+            path, size = str(self.folder / name), self.sizes[name]
+            self.maps[name] = torch.from_file(path, size=size, dtype=torch.uint8).numpy()
         return self.maps[name][start:start + count]
 
     def record(self, index):
-        """RECORD of a sample as a tuple."""
-        size = RECORD.itemsize
-        return self._read("samples.bin", self.rows[index] * size, size).view(RECORD)[0].item()
+        start = int(self.rows[index]) * RECORD.itemsize
+        return self.read("samples.bin", start, RECORD.itemsize).view(RECORD).item()
 
     def key(self, index):
-        """Key of a sample: file name without extension, COCO image id, ..."""
         return self.record(index)[0].decode(errors="replace")
 
     def image(self, index, short_side=None):
-        """RGB PIL image as stored; with short_side a JPEG may come back smaller, never below it: less to decode."""
+        """RGB PIL image; short_side as in open_image."""
         _, shard, start, size, *_ = self.record(index)
         try:
-            return open_image(io.BytesIO(self._read(f"{shard:05d}.shard", start, size)), short_side)
+            return open_image(io.BytesIO(self.read(f"{shard:05d}.shard", start, size)), short_side)
         except BadSample as reason:
-            raise UserError(f"{self.folder}: image {index}: {reason}; try data.py --verify") from None
+            raise self.damaged(f"image {index}: {reason}") from None
 
     def captions(self, index):
-        """Token ids of all captions of a sample: a list of int arrays that end in EOS."""
+        """List of arrays of token ids, each with EOS at its end."""
         _, shard, start, size, count, *_ = self.record(index)
-        tokens = self._read(f"{shard:05d}.shard", start + size, 4 * count).view("<u4")
+        tokens = self.read(f"{shard:05d}.shard", start + size, 4 * count).view("<u4")
         ends = np.flatnonzero(tokens == self.tokenizer.eot_token) + 1
         if not len(ends) or ends[-1] != count or tokens.max() >= self.tokenizer.n_vocab:
-            raise UserError(f"{self.folder}: captions of image {index} are damaged; try data.py --verify")
-        return [tokens[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+            raise self.damaged(f"captions of image {index}")
+        return np.split(tokens, ends[:-1])
 
 
 def open_split(data_dir, dataset, split):
-    """Shards of data_dir/dataset/split. Where there is no "val", the held-out part of "train" takes its place."""
+    """Shards of a split; "val" is held out of "train" if it has no folder."""
     folder = Path(data_dir) / dataset
-    if split not in ("train", "val") or (folder / "val" / "meta.json").exists():
+    if split == "test" or (folder / "val" / "meta.json").exists():
         return Shards(folder / split)
     return Shards(folder / "train", "train" if split == "train" else "held_out")
 
 
-# ---------------------------------------------------------------------------------------------- batches
-ORDER, SAMPLE, TIME, SCORING, EXCHANGE = range(5)     # what a random stream is for
+# ---- batches
+ORDER, SAMPLE, TIME, SCORING, EXCHANGE, SUBSET = range(6)  # purposes of random streams
 
 
 def random_stream(seed, purpose, number):
-    """The numpy generator that belongs to (seed, purpose, number): the same wherever and whenever it is made."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, purpose, number))))
+    return np.random.default_rng((seed, purpose, number))
 
 
-def shuffled(position, count, seed, epoch):
-    """Where `position` of 0..count-1 goes in the permutation of this epoch: O(1), whatever the size of the data set.
-    A Feistel network permutes a power of four; what lands beyond `count` is sent through again until it does not."""
-    half = 1 << max(1, ((count - 1).bit_length() + 1) // 2)
-    while True:
-        left, right = divmod(position, half)
-        for turn in range(4):
-            mixed = hashlib.blake2b(b"%d %d %d %d" % (seed, epoch, turn, right), digest_size=8).digest()
-            left, right = right, left ^ int.from_bytes(mixed) % half
-        position = left * half + right
-        if position < count:
-            return position
+@functools.lru_cache(maxsize=2)
+def shuffled(count, seed, epoch):
+    """Permutation of an epoch, uint32 [count]."""
+    return random_stream(seed, ORDER, epoch).permutation(np.arange(count, dtype=np.uint32))
 
 
+@dataclass
 class Batches(torch.utils.data.Dataset):
-    """Item k is the k-th micro-batch that process `rank` of `world` trains on, ready for the device.
+    """Item k is the k-th micro-batch of process `rank` of `world`:
 
-    The global batch of step s is samples s*B .. s*B+B-1 of an endless sequence of shuffled epochs. With `accumulation`
-    A it is dealt out in A*world interleaved parts, so that each part has early and late times alike. augment=False is
-    for evaluation: in order, central crop, first caption; the last batch may be shorter. An item has
-        images [B,S,S,3] uint8   tokens [C,T]   valid [C,T] bool, False at pads   noise [C,T] uniform in [0,1)
-        u, one number in [0,1) for the whole global batch   index [C] places in the global batch   length [C]
-    with C = B * captions, those of an image in a row: different ones, or where it has fewer the same with other noise.
-    T is the longest caption of the item rounded up to a multiple of 8, to spare compiled graphs; with pads="eos" it is
-    max_tokens, and pads are tokens like others. `transform` (dict -> dict) runs on it in the worker."""
+        images  uint8   [B,S,S,3]
+        tokens  int64   [B,T]      EOS at pads
+        valid   bool    [B,T]      False at pads
+        noise   float32 [B,T]      uniform in [0,1)
+        u       float64 []         uniform in [0,1), one for the global batch
+        strata  float64 [B]        place in the global batch / its size
+        length  int64   [B]        tokens with EOS
 
-    def __init__(self, shards, batch_size, image_size, max_tokens, seed, augment=True, crop_scale=1.0, flip=False,
-                 captions=1, pads="hidden", rank=0, world=1, accumulation=1, transform=None):
-        self.shards, self.batch_size, self.image_size, self.max_tokens = shards, batch_size, image_size, max_tokens
-        self.seed, self.augment, self.crop_scale, self.flip, self.captions = seed, augment, crop_scale, flip, captions
-        self.rank, self.world, self.accumulation = rank, world, accumulation
-        self.pads, self.transform = pads, transform
+    (u + strata) mod 1 is stratified over the global batch. T is a multiple of 8, or max_tokens, to
+    which captions are cut before EOS. augment=False: in order, central crop, first caption; the
+    last batch may be smaller."""
+    shards: Shards
+    batch_size: int
+    image_size: int
+    max_tokens: int
+    seed: int
+    augment: bool = True
+    crop_scale: float = 1.0
+    flip: bool = False
+    rank: int = 0
+    world: int = 1
+    accumulation: int = 1
 
     def __getitem__(self, item):
         step, micro = divmod(item, self.accumulation)
-        index = np.arange(micro * self.world + self.rank, self.batch_size, self.accumulation * self.world)
-        if not self.augment:
-            index = index[step * self.batch_size + index < len(self.shards)]
-        images, captions, noise = zip(*(self.sample(step * self.batch_size + int(i)) for i in index), strict=True)
-        captions, eos = sum(captions, []), self.pads == "eos"
-        length = np.array([len(caption) for caption in captions])
-        T = self.max_tokens if eos else min(-(-length.max() // 8) * 8, self.max_tokens)
-        words = np.arange(T) < length[:, None]
-        tokens = np.full(words.shape, self.shards.tokenizer.eot_token)
-        tokens[words] = np.concatenate(captions)
-        index = (index[:, None] + self.batch_size * np.arange(self.captions)).flatten()     # each at another time
-        batch = {"images": np.stack(images), "tokens": tokens, "valid": words | eos, "index": index, "length": length,
-                 "noise": np.concatenate(noise)[:, :T]}
-        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-        batch["u"] = random_stream(self.seed, TIME, step).random()
-        return self.transform(batch) if self.transform else batch
+        start = step * self.batch_size
+        size = self.batch_size if self.augment else min(self.batch_size, len(self.shards) - start)
+        places = np.arange(micro * self.world + self.rank, size, self.accumulation * self.world)
+
+        B, S = len(places), self.image_size
+        images = np.empty((B, S, S, 3), np.uint8)
+        tokens = np.full((B, self.max_tokens), self.shards.tokenizer.eot_token)
+        noise = np.empty((B, self.max_tokens), np.float32)
+        length = np.empty(B, np.int64)
+        for row, place in enumerate(places.tolist()):
+            images[row], caption, noise[row] = self.sample(start + place)
+            tokens[row, :len(caption)] = caption
+            length[row] = len(caption)
+
+        T = min(math.ceil(length.max(initial=1) / 8) * 8, self.max_tokens)
+        valid = np.arange(T) < length[:, None]
+        batch = {"images": images, "tokens": tokens[:, :T], "valid": valid, "noise": noise[:, :T],
+                 "strata": places / size, "length": length}
+        batch = {name: torch.from_numpy(array).contiguous() for name, array in batch.items()}
+        u = random_stream(self.seed, TIME, step).random()
+        return batch | {"u": torch.tensor(u, dtype=torch.float64)}
 
     def sample(self, number):
-        """Sample `number` of the endless sequence -> image [S,S,3] uint8, captions (a list), noise [captions,T]."""
-        epoch, position = divmod(number, len(self.shards))
+        """Sample `number` of all epochs -> image [S,S,3] uint8, caption, noise [max_tokens]."""
+        epoch, index = divmod(number, len(self.shards))
         rng = random_stream(self.seed, SAMPLE, number)
-        noise = rng.random((self.captions, self.max_tokens), dtype=np.float32)
-        place = shuffled(position, len(self.shards), self.seed, epoch) if self.augment else position
-        captions = self.shards.captions(place)
-        first = rng.integers(len(captions)) if self.augment else 0
-        tokens = [captions[(first + i) % len(captions)] for i in range(self.captions)]
-        tokens = [np.append(ids[:-1][:self.max_tokens - 1], ids[-1]) for ids in tokens]     # cut, but never its EOS
-        image, box = self.shards.image(place, round(self.image_size / self.crop_scale ** 0.5)), None
-        if self.augment and self.crop_scale < 1:      # RandomResizedCrop, cut to the image
-            width, height = image.size
-            area, aspect = width * height * rng.uniform(self.crop_scale, 1), np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
-            w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
-            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            box = (left, top, left + w, top + h)
+        noise = rng.random(self.max_tokens, dtype=np.float32)
+        if self.augment:
+            index = int(shuffled(len(self.shards), self.seed, epoch)[index])
+        captions = self.shards.captions(index)
+        caption = captions[rng.integers(len(captions)) if self.augment else 0]
+        if len(caption) > self.max_tokens:
+            caption = np.append(caption[:self.max_tokens - 1], caption[-1])
+        image = self.shards.image(index, round(self.image_size / math.sqrt(self.crop_scale)))
+        box = None
+        if self.augment and self.crop_scale < 1:
+            box = random_crop_box(image.size, self.crop_scale, rng)
         image = crop_square(image, self.image_size, box)
-        return image[:, ::-1] if self.augment and self.flip and rng.random() < 0.5 else image, tokens, noise
+        if self.augment and self.flip and rng.random() < 0.5:
+            image = image[:, ::-1]
+        return image, caption, noise
 
 
-# ---------------------------------------------------------------------------------------------- command line
-def verify(folder):
-    """Compare every file of a split with its checksum. Raises UserError that names the bad ones."""
-    files = Shards(folder).meta["files"]
-    bad = [name for name in tqdm(files, unit="file") if fingerprint(Path(folder) / name) != files[name]]
-    if bad:
-        raise UserError(f"{folder}: {', '.join(bad)} not as written: copy them again, or prepare again with --fresh")
-
-
-def show_stats(data_dir, datasets, split, max_tokens):
-    """Print what data sets hold; draw how long their captions are (the paper's Fig. 3) to DATA_DIR/lengths.svg and ten
-    samples of each to DATA_DIR/DATASET/SPLIT.png."""
-    from sample import contact_sheet  # late: sample.py imports this file
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 340" font-family="sans-serif" font-size="13">',
-           f'<text x="200" y="338">tokens a caption, at most {max_tokens}; share of the most frequent</text>']
-    for number, name in enumerate(datasets):
-        shards = open_split(data_dir, name, split)
-        lengths = np.repeat(*np.array(sorted(shards.lengths.items())).T)
-        used, sizes = np.zeros(shards.tokenizer.n_vocab, bool), []
-        for i in tqdm(range(len(shards)), name, leave=False):
-            used[np.concatenate(shards.captions(i))] = True
-            sizes.append(shards.record(i)[5:7])
-        print(f"{name}, {split}: {len(shards):,} images, {len(lengths):,} captions, {np.mean(lengths > max_tokens):.2%}"
-              f" cut at {max_tokens} tokens; {used.mean():.1%} of {len(used):,} tokens occur")
-        percent = (0, 5, 25, 50, 75, 95, 100)
-        print(f"  {'percentile':12}" + "".join(f"{p:8}" for p in percent))
-        for what, values in zip(("tokens", "width", "height"), (lengths, *np.transpose(sizes)), strict=True):
-            print(f"  {what:12}" + "".join(f"{value:8.0f}" for value in np.percentile(values, percent)))
-        ten = random_stream(0, ORDER, 0).permutation(len(shards))[:10]
-        texts = [[(decode_caption(shards.tokenizer, shards.captions(i)[0]), "black")] for i in ten]
-        contact_sheet([crop_square(shards.image(i), 180) for i in ten], texts, Path(data_dir, name, f"{split}.png"), 5)
-        share = np.bincount(lengths.clip(max=max_tokens), minlength=max_tokens + 1)
-        heights = 300 - 270 * share / share.max()
-        points = " ".join(f"{40 + 560 * x / max_tokens:.0f},{y:.0f}" for x, y in enumerate(heights))
-        svg.append(f'<g fill="hsl({137 * number} 70% 40%)"><polygon points="{points} 600,300" fill-opacity=".3"/><text '
-                   f'x="440" y="{30 + 18 * number}">{name}, mean {lengths.mean():.1f} tokens</text></g>')
-    svg += [f'<text x="{34 + 560 * x / max_tokens:.0f}" y="320">{x}</text>' for x in range(0, max_tokens + 1, 8)]
-    Path(data_dir, "lengths.svg").write_text("\n".join([*svg, "</svg>"]))
-
-
+# ---- command line
 def main():
-    from train import PRESETS  # late: train.py imports this file
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--dataset", nargs="+", required=True, help="any name; files go to DATA_DIR/DATASET/SPLIT; several for --stats")
-    add("--split", choices=("train", "val"), default="train", help="default: train, which comes first; val is optional")
-    add("--source", nargs="+", metavar="PATH", help="tars, folders or patterns; with --captions the images' folder")
-    add("--captions", metavar="FILE", help="COCO's captions_*.json, a CSV headed `image,caption`, Flickr's *.token.txt")
-    add("--caption-key", metavar="KEY", help="field of KEY.json (default: captions, else KEY.txt, else caption)")
-    add("--image-size", type=int, metavar="PX", help="largest size to train at (default: train.py's preset, else 224)")
-    add("--tokenizer", metavar="NAME", help="tiktoken's, or words:N, made of the captions (default: preset, else gpt2)")
-    add("--data-dir", default="data", metavar="DIR", help="default: data")
-    add("--workers", type=int, metavar="N", help="processes (default: one a core)")
-    add("--fresh", action="store_true", help="make a finished split anew")
-    add("--verify", action="store_true", help="only compare the split's files with their checksums")
-    add("--stats", action="store_true", help="only print and draw what is in the data sets")
-    add("--max-tokens", type=int, default=64, metavar="N", help="for --stats: where captions are cut (default: 64)")
+    add("--dataset", required=True, help="any name")
+    add("--split", choices=("train", "val", "test"), default="train")
+    add("--source", nargs="+", help="tars, folders or patterns")
+    add("--captions", metavar="FILE", help=TABLES)
+    add("--image-size", type=positive_int, help="largest to train at (default: preset's or 224)")
+    add("--tokenizer", help="of tiktoken, or words:N (default: preset's or gpt2)")
+    add("--data-dir", default="data", help="of the shards")
+    add("--workers", type=positive_int, help="processes (default: one a core)")
+    add("--fresh", action="store_true", help="make a finished split again")
+    add("--stats", action="store_true", help="only print the lengths of the captions")
     args = parser.parse_args()
-    for each in args.dataset:
-        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", each):
-            raise UserError(f"--dataset {each}: expected a name of letters, digits, dots and dashes")
-    if len(args.dataset) > 1 and not args.stats:
-        raise UserError(f"--dataset {' '.join(args.dataset)}: several are for --stats; otherwise one at a time")
-    name = args.dataset[0]
-    check_least(args, image_size=MIN_SIDE, workers=1, max_tokens=2)
+    name = args.dataset
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--dataset {name}: expected letters, digits, dots and dashes")
+    preset = DATASETS.get(name, PHOTOGRAPHS)
     if args.stats:
-        return show_stats(args.data_dir, args.dataset, args.split, args.max_tokens)
-    if args.verify:
-        return verify(Path(args.data_dir, name, args.split))
-    preset = {"image_size": 224, "tokenizer": "gpt2"} | PRESETS.get(name, {})
+        counts = open_split(args.data_dir, name, args.split).lengths
+        lengths = np.repeat(list(counts), list(counts.values()))
+        print(f"{len(lengths):,} captions of {lengths.mean():.1f} tokens; percentiles 5, 50, 95:",
+              np.percentile(lengths, (5, 50, 95)).round())
+        return
+
     for split in ("train", "val") if name == "shapes" else (args.split,):
-        meta = prepare(name, split, args.data_dir, args.source, args.captions, args.caption_key,
-                       args.image_size or preset["image_size"], args.tokenizer or preset["tokenizer"], args.workers,
-                       args.fresh)
-        skipped = ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items()) or "none"
-        print(f"{args.data_dir}/{name}/{split}: {meta['samples']:,} images, {sum(meta['lengths'].values()):,} captions;"
-              f" skipped: {skipped}")
-    print(f"next: python train.py --dataset {name}")
+        meta = prepare(name, split, args.data_dir, args.source, args.captions,
+                       args.image_size or preset["image_size"],
+                       args.tokenizer or preset["tokenizer"], args.workers, args.fresh)
+        print(f"{name}, {split}: {meta['samples']:,} images, {sum(meta['lengths'].values()):,} "
+              f"captions; skipped: {dict(meta['skipped']) or 'none'}")
+    print(f"next: python train.py --dataset {name} --data-dir {shlex.quote(args.data_dir)} "
+          f"--image-size {meta['image_size']}")
 
 
 if __name__ == "__main__":

@@ -1,329 +1,290 @@
-"""Masked diffusion, the mathematics only: schedules, masking, losses, likelihoods and samplers on tensors.
+"""The mathematics of masked diffusion: schedules, masks, losses, likelihood, samplers.
 
     python -m pytest tests/test_diffusion.py        # the identities below, checked
 
-The forward process takes a caption x of L tokens and a time t in [0,1] and replaces each token by [MASK]
-independently, keeping it with probability alpha_t. With the linear schedule alpha_t = 1 - t, t *is* the expected
-share of masked tokens. The decoder sees what is left and the image, and is trained on (paper, eq. of the objective)
+The forward process takes a caption x of L tokens and a time t in [0,1] and replaces each
+token by [MASK] independently, with probability 1 - alpha_t. In the linear schedule alpha_t = 1 - t,
+so t *is* the expected share of masked tokens. The decoder sees the other tokens and
+the image, and minimizes the paper's objective
 
-    L = E_{t ~ U[t_min, t_max]} E_{mask ~ Bernoulli(t)} [ 1/t * sum_{i masked} -log p(x_i | x_masked, image) ]
+    L = E_{t ~ U[t_min, 1]} E_mask [ 1/t * sum_{i masked} -log p(x_i | x_masked, image) ]
 
-The weight 1/t = -alpha'_t / (1 - alpha_t) is what makes every token count the same: a position is masked with
-probability t and then weighs 1/t, which is 1 on average at every t and at every position. A left-to-right captioner
-learns from other evidence: many of its last words follow from the first ones, without a look at the image.
-Sampling goes the other way: start from masks only, fill in the most confident word, look again.
+A position is masked with probability t and then weighs 1/t, which is 1 on average, at every t
+and at every position (the weight is -alpha'_t / (1 - alpha_t) in general). A left-to-right
+captioner can often predict late words from early ones without looking at the image. Sampling
+goes the other way: start from masks only, fill in the most confident word, repeat.
 
-What the paper compares with needs few lines of its own (`training_batch`): image-conditioned BERT is one fixed t,
-parallel decoding is t = 1, autoregression shifts the caption by one, and CLIP has no masks but another loss.
+The baselines are special cases or neighbours: an image-conditioned BERT has one fixed t,
+parallel decoding is t = 1 (both are `mdc_loss`), an autoregressive captioner is asked for
+every token (`ar_loss`), and CLIP compares whole captions with whole images (`clip_loss`).
 
-Shape letters are model.py's: B captions, T positions, K positions with a loss, V vocabulary."""
-import functools
+Shape letters are model.py's: B captions, T positions, K masked tokens, V vocabulary."""
 import math
 
 import torch
 import torch.nn.functional as F
 
 
-# ------------------------------------------------------------------------------------------------ schedules
+# ---- schedules
 def linear(t):
-    """alpha_t = 1 - t, the paper's; in continuous time also MDLM's log-linear schedule."""
-    return 1 - t
+    """alpha_t = 1 - t, the paper's: times t [...] -> masking ratio t, weight 1/t."""
+    return t, 1 / t
 
 
 def cosine(t):
-    """alpha_t = 1 - cos(pi/2 (1 - t)), MD4's favourite: more of the time at many masks, half of it above 71 %."""
-    return 1 - torch.cos(math.pi / 2 * (1 - t))
+    """alpha_t = 1 - cos(pi/2 (1 - t)), MD4's: more of the time at many masks, half of it
+    above 71 %.
+
+    Times t [...] -> masking ratio 1 - alpha_t, weight -alpha'_t / (1 - alpha_t)."""
+    angle = math.pi / 2 * (1 - t)
+    return angle.cos(), math.pi / 2 * angle.tan()
 
 
-def geometric(t):
-    """alpha_t = exp(-b), with b growing geometrically from 1e-5 to 20 (MD4): most of the time at few masks."""
-    return torch.exp(-(1e-5 ** (1 - t)) * 20.0 ** t)
+def unweighted(t):
+    """Ablation: the linear schedule without its weight; many masks count more."""
+    return t, torch.ones_like(t)
 
 
-SCHEDULES = {schedule.__name__: schedule for schedule in (linear, cosine, geometric)}
+SCHEDULES = {"linear": linear, "cosine": cosine, "unweighted": unweighted}
 
 
-def weight(t, alpha=linear):
-    """Weight -alpha'_t / (1 - alpha_t) of a masked token's cross-entropy at times t [...]; linear schedule: 1/t.
+def stratified_times(u, strata, t_min=0.5, t_max=1.0):
+    """Times of a batch, one in each of B equal slices of (t_min, t_max] -> [B] float64.
 
-    The slope by a complex step, alpha(t + ih) = alpha_t + ih alpha'_t, exact for a tiny h (Squire & Trapp 1998): a
-    backward pass would need autograd's threads, which do not survive the fork of a loader's worker."""
-    kept = alpha(torch.complex(t.double(), torch.full_like(t, 1e-30, dtype=torch.float64)))
-    return -kept.imag / 1e-30 / (1 - kept.real)
-
-
-@functools.cache
-def time_of(ratio, alpha=linear):
-    """The time at which the expected share of masked tokens, 1 - alpha_t, is `ratio`, by bisection; a float."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        masked = 1 - float(alpha(torch.tensor(middle, dtype=torch.float64)))
-        low, high = (middle, high) if masked < ratio else (low, middle)
-    return high
+    u is one number in [0,1) for the whole *global* batch, strata [B] is place / size of that
+    batch. Each time is uniform, and together they cover the interval evenly: less noise (the
+    idea is in the code of MD4 and of Kingma et al. 2021). Counted down from t_max,
+    so that t = 0, where nothing is masked and the weight is infinite, cannot come out."""
+    return t_max - (t_max - t_min) * ((u + strata) % 1)
 
 
-def stratified_times(u, index, batch_size, t_min=0.5, t_max=1.0):
-    """Times of a batch, one in each of `batch_size` equal slices of (t_min, t_max]: less noise than drawing them alone.
+def mask_tokens(noise, valid, ratio):
+    """The forward process: mask [B,T], every valid token masked with probability ratio [B].
 
-    u: one number in [0,1) for the whole *global* batch; index [B]: positions in the global batch -> [B] float64.
-    Each time alone is still uniform. Low-discrepancy idea of MD4's and Kingma et al.'s (2021) code; counted down from
-    t_max so that t = 0, where nothing is masked and 1/t is infinite, cannot come out."""
-    return t_max - (t_max - t_min) * ((u + index.double() / batch_size) % 1)
-
-
-def mask_tokens(noise, t, valid, alpha=linear):
-    """The forward process: mask [B,T] bool, each valid token masked with probability 1 - alpha_t.
-
-    noise [B,T] uniform in [0,1), t [B], valid [B,T] bool. Pass the result on: it cannot be recovered from token ids."""
-    return (noise < 1 - alpha(t)[:, None]) & valid
+    noise [B,T] is uniform in [0,1), valid [B,T] False at pads. Pass the mask on: it cannot be
+    recovered from token ids."""
+    return (noise < ratio[:, None]) & valid
 
 
-# ------------------------------------------------------------------------------------------------ training
-def shift_right(tokens):
-    """Autoregressive input: each position sees the token before it, the first one [MASK] -> tokens and mask [B,T]."""
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    mask[:, 0] = True
-    return tokens.roll(1, 1), mask
-
-
-def training_batch(batch, objective, batch_size, mean_length, ratios=(0.5, 1.0), schedule="linear", flat=False):
-    """What the model is given and must answer: the forward process on a batch of data.Batches, run in its workers.
-
-    ratios       smallest and largest expected share of masked tokens; one and the same for BERT, (1, 1) for parallel
-    flat         True leaves the weight out (ablation, of more than one ratio)
-    mean_length  tokens a caption has on average, a constant of the data set: each *token* weighs the same. Never the
-                 count of masked tokens, which would cancel the 1/t
-    batch_size   captions in the global batch, so that its loss is the sum of its parts', whatever their number
-
-    Adds mask [B,T], rows [M] (flat positions of the real tokens), where, targets and weight [K] (those with a loss)
-    and ratio [K], the share of the caption that was hidden when this token was asked for."""
-    tokens, valid, per_token = batch["tokens"], batch["valid"], torch.ones(())
-    inputs, mask, ratio = tokens, torch.zeros_like(valid), torch.zeros(valid.shape)     # CLIP: no word is asked for
-    if objective == "ar":
-        inputs, mask = shift_right(tokens)
-        ratio = 1 - torch.arange(valid.shape[1]) / valid.sum(1)[:, None]
-    elif objective != "clip":
-        alpha, (low, high) = SCHEDULES[schedule], (time_of(end, SCHEDULES[schedule]) for end in ratios)
-        t = stratified_times(batch["u"], batch["index"], batch_size, low, high)
-        mask, ratio = mask_tokens(batch["noise"], t, valid, alpha), (1 - alpha(t))[:, None]
-        if ratios[0] == ratios[1]:
-            per_token = 1 / ratio[:, 0]
-        elif not flat:                                # so that a token weighs 1 on average in every schedule
-            per_token = weight(t, alpha) * (high - low) / (ratios[1] - ratios[0])
-    per_token = (per_token / batch_size / mean_length).expand(len(tokens))
-    where = (valid if objective == "ar" else mask).flatten().nonzero().squeeze(1)
-    return batch | {"tokens": inputs, "mask": mask, "rows": valid.flatten().nonzero().squeeze(1), "where": where,
-                    "targets": tokens.flatten()[where], "ratio": ratio.expand(valid.shape).flatten()[where].float(),
-                    "weight": per_token[:, None].expand(valid.shape).flatten()[where].float()}
-
-
+# ---- losses
 def cross_entropy(logits, targets):
-    """-log p of each target in float32: logits [K,V], targets [K] -> [K] nats, none if nothing is masked."""
+    """-log p of each target in float32: logits [K,V], targets [K] -> nats [K]."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """cross_entropy(x @ weight.T + bias, targets) with little memory: x [K,D], weight [V,D], targets [K] -> [K] nats.
+def mdc_loss(model, images, tokens, mask, valid, where, t, schedule=linear):
+    """The objective: the sum over masked tokens of w(t) * -log p, in nats.
 
-    Logits would be most of the memory of a training step. Here they exist once, in autocast's type, and become their
-    own gradient a few rows at a time; only those rows are ever float32. For the matrix products, which are faster so,
-    V is rounded up to a multiple of 64; the columns added have weight 0 and no part in the softmax."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, targets):
-        device, V = x.device.type, len(weight)
-        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-        padded = x.new_zeros(-(-V // 64) * 64, x.shape[1])
-        padded[:V] = weight
-        logits, losses = x @ padded.T, bias.new_empty(len(x))
-        chunk = 1 + (2 ** 20 if device == "cpu" else 2 ** 24) // V          # a CPU's cache; a GPU wants few launches
-        for first in range(0, len(x), chunk):
-            rows, target = logits[first:first + chunk, :V], targets[first:first + chunk, None]
-            log_p = (rows + bias).log_softmax(1)                                # float32, as the bias is
-            losses[first:first + chunk] = -log_p.gather(1, target).squeeze(1)
-            rows.copy_(log_p.exp_().scatter_add_(1, target, -log_p.new_ones(target.shape)))     # p - one-hot
-        ctx.save_for_backward(x, padded, logits)
-        ctx.V = V
-        return losses
-
-    @staticmethod
-    def backward(ctx, slope):                         # [K], the weights of the losses
-        x, padded, gradient = ctx.saved_tensors
-        by_weight = gradient.T @ (x * slope[:, None]).to(x.dtype)
-        by_bias = slope.to(x.dtype) @ gradient
-        return (gradient @ padded) * slope[:, None], by_weight[:ctx.V], by_bias[:ctx.V], None
+    images [B,S,S,3]; tokens, mask and valid [B,T]; where [K], the flat positions of the
+    masked tokens; t [B]. The caller divides by a constant (tokens of an average batch), never
+    by the number of masked tokens, which would cancel the 1/t."""
+    logits = model(images, tokens, mask, valid, where)       # [K,V]
+    nll = cross_entropy(logits, tokens.flatten()[where])     # [K]
+    caption = where // tokens.shape[1]                       # [K], whose token it is
+    weight = schedule(t)[1][caption]                         # [K], 1/t
+    return (weight * nll).sum()
 
 
-def contrastive_loss(image, text, all_images, all_texts, first=0):
-    """CLIP's symmetric cross-entropy (Radford et al. 2021): this process's part of the mean over the global batch.
+def ar_loss(model, images, tokens, valid, where):
+    """Autoregressive captioning: the sum of -log p of every token, given those before it.
 
-    image [b,D], text [b,D] from Captioner.match; all_images and all_texts [B,D] are everybody's, in which those of
-    this process begin at `first`. The parts of all processes add up."""
-    right = first + torch.arange(len(image), device=image.device)
-    losses = F.cross_entropy(image @ all_texts.T, right, reduction="sum") + \
-        F.cross_entropy(text @ all_images.T, right, reduction="sum")
-    return losses / (2 * len(all_images))
+    where [K]: the flat positions of all valid tokens. All are asked for: the mask is `valid`."""
+    logits = model(images, tokens, valid, valid, where)      # [K,V]
+    return cross_entropy(logits, tokens.flatten()[where]).sum()
 
 
-def image_gain(real, control, length, ratio, plain, bins=10):
-    """How much a caption's words depend on the image -> dict of plain numbers.
+def clip_loss(image, text, all_images, all_texts, scale, first=0):
+    """CLIP's symmetric cross-entropy (Radford et al. 2021), summed over this process's pairs.
 
-    real, control [B,T]: weighted losses, 0 where there is none, with the right images and with exchanged ones; length
-    [B] of the captions; ratio [K] and plain [K]: masking ratio and unweighted loss of each predicted token
-
-    val_loss     nats per token with the right images; control with exchanged ones; gain is the difference
-    gain_se      its standard error over captions, that of a ratio of two sums
-    by_ratio     mean loss of a masked token in each tenth of masking ratios, None where there was none
-    by_position  [gain, its standard error, captions] for each token position that two captions have"""
-    gain, tokens = (control - real).double(), length.sum()
-    mean = gain.sum() / tokens
-    figures = {"val_loss": real.sum() / tokens, "control": control.sum() / tokens, "gain": mean,
-               "gain_se": (gain.sum(1) - mean * length).norm() / tokens}
-    tenths = [plain[(ratio * bins).long().clamp(max=bins - 1) == i] for i in range(bins)]
-    places = [gain[length > i, i] for i in range(gain.shape[1]) if (length > i).sum() > 1]
-    return {name: float(value) for name, value in figures.items()} | {
-        "by_ratio": [float(x.mean()) if len(x) else None for x in tenths],
-        "by_position": [[float(x.mean()), float(x.std() / len(x) ** 0.5), len(x)] for x in places]}
+    image and text [b,D] are unit vectors of this process, all_images and all_texts [B,D]
+    those of the global batch, in which this process's begin at `first`; scale is the inverse
+    temperature."""
+    targets = first + torch.arange(len(image), device=image.device)
+    with torch.autocast(image.device.type, enabled=False):  # bfloat16 is too coarse for logits of 100
+        image_to_text = scale * image @ all_texts.T  # logits [b,B]
+        text_to_image = scale * text @ all_images.T
+    loss = F.cross_entropy(image_to_text, targets, reduction="sum")
+    loss += F.cross_entropy(text_to_image, targets, reduction="sum")
+    return loss / 2
 
 
-def recall(image, text, number):
-    """CLIP's retrieval: how often a right one of all captions (images) is among the nearest 1 or 5 of an image
-    (caption). image, text [B,D]; number [B]: pairs of the same number are right for one another. -> dict of shares."""
-    figures, same = {}, number[:, None] == number
-    for name, table in (("image_to_text", image @ text.T), ("text_to_image", text @ image.T)):
-        best = table.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
-        before = ((table >= best) & ~same).sum(1)     # a wrong one that ties stands before the right one
-        figures |= {f"{name}_r{k}": float((before < k).float().mean()) for k in (1, 5)}
-    return figures
+# ---- likelihood
+def scoring_masks(rule, length, noise=None, u=0.0):
+    """Masks [S,L] and weights [S]: a caption's score is sum_s weight_s * sum_masked log p.
 
-
-# ------------------------------------------------------------------------------------------------ likelihood
-def count_law(length, ratios=(0.0, 1.0)):
-    """Law of the number l of masked tokens under which (L/l) sum_masked log p has the mean of the objective -> [L].
-
-    For times uniform in [a, b], integrating 1/t times the binomial law of l gives the states with l masks the weight
-    (P(Bin(L,a) < l) - P(Bin(L,b) < l)) / ((b - a) l). Times l/L that is a law; for [0, 1] it is uniform (LLaDA)."""
-    a, b = max(0.0, min(ratios[0], ratios[1] - 1e-4)), ratios[1]        # one fixed ratio: a narrow range below it
-    k = torch.arange(length, dtype=torch.float64)
-    ways = math.lgamma(length + 1) - torch.lgamma(k + 1) - torch.lgamma(length - k + 1)         # logarithm of (L, k)
-    below = [(ways + torch.xlogy(k, t) + torch.xlogy(length - k, 1 - t)).exp().cumsum(0) for t in (a, b)]
-    return ((below[0] - below[1]) / ((b - a) * length)).clamp(min=0)                # a difference of -1e-14 is rounding
-
-
-def scoring_masks(rule, length, noise=None, u=0.0, ratios=(0.0, 1.0)):
-    """Masks [S,L] and weights [S] with which sum_s weight_s * sum_masked log p scores a caption of L tokens.
-
-    "monte-carlo"    a bound on log p(caption | image, length) on average (ratios (0, 1)): exactly l masks with l
-                     stratified over `count_law`, at the places where noise [S,T] is smallest; u shifts the strata
+    "monte-carlo"    unbiased for a lower bound on log p(caption | image, length): exactly l
+                     tokens are masked, with l uniform in 1..L, and the sum weighs L/l (LLaDA,
+                     Nie et al. 2025). noise [S,T] picks the places, u in [0,1) shifts the
+                     strata from which l is drawn
     "parallel"       every token from the image alone, in one pass
-    "leave-one-out"  every token from the image and all others: pseudo-likelihood
-    Captions that are compared get the same noise and u, which takes most of the noise out of the difference."""
+    "leave-one-out"  every token from the image and all others: pseudo-likelihood"""
     if rule == "parallel":
         return torch.ones(1, length, dtype=torch.bool), torch.ones(1)
     if rule == "leave-one-out":
         return torch.eye(length, dtype=torch.bool), torch.ones(length)
+
     S = len(noise)
     strata = (u + torch.arange(S, dtype=torch.float64) / S) % 1
-    count = 1 + torch.searchsorted(count_law(length, ratios).cumsum(0), strata, right=True).clamp(max=length - 1)
-    masks = noise[:, :length].argsort(dim=1).argsort(dim=1) < count[:, None]
-    return masks, length / (count * S)
+    count = 1 + (strata * length).long()  # l, [S]
+    rank = noise[:, :length].argsort(dim=1).argsort(dim=1)
+    return rank < count[:, None], length / (count * S)
 
 
 @torch.no_grad()
-def log_likelihood(predict, tokens, valid, rule="parallel", draws=None, ratios=(0.0, 1.0)):
-    """Scores of captions in nats, summed over tokens: tokens and valid [B,T] -> [B] float64.
+def log_likelihood(predict, tokens, valid, rule="parallel", noise=None, u=None):
+    """Scores of captions in nats, summed over tokens -> [B] float64.
 
-    rule, ratios and of each caption the draw (noise, u): scoring_masks. predict is denoise's; an autoregressive one,
-    which ignores the mask, makes "parallel" the exact log p."""
-    draws = draws or [()] * len(tokens)
-    plans = [scoring_masks(rule, int(own.sum()), *draw, ratios=ratios) for own, draw in zip(valid, draws, strict=True)]
-    total, T = torch.zeros(len(tokens), dtype=torch.float64), tokens.shape[1]
+    predict  (tokens [B,T], mask [B,T]) -> logits [K,V] of the masked tokens, in
+             row-major order
+    rule     see `scoring_masks`; an autoregressive `predict`, which ignores the
+             mask, makes "parallel" the exact log p
+    noise    [B,S,T] and u [B], for "monte-carlo". Captions that are compared should
+             get the same noise, which takes most of it out of the difference"""
+    B, T = tokens.shape
+    plans = []
+    for b, length in enumerate(valid.sum(1).tolist()):
+        draw = ()
+        if rule == "monte-carlo":
+            draw = (noise[b], float(u[b]))
+        plans.append(scoring_masks(rule, length, *draw))
+
+    total = torch.zeros(B, dtype=torch.float64)
     for s in range(max(len(weights) for _, weights in plans)):
-        mask, weights = torch.zeros(valid.shape, dtype=torch.bool), torch.zeros(len(plans), dtype=torch.float64)
-        for b, plan in enumerate(plans):
-            if s < len(plan[1]):
-                mask[b, :plan[0].shape[1]], weights[b] = plan[0][s], plan[1][s]
-        mask = mask.to(valid.device)
-        where = mask.flatten().nonzero().squeeze(1)
-        loss = cross_entropy(predict(tokens, mask, where), tokens.flatten()[where]).cpu().double()
-        total -= torch.zeros_like(total).index_add(0, where.cpu() // T, loss) * weights
+        mask = torch.zeros(B, T, dtype=torch.bool)
+        weight = torch.zeros(B, dtype=torch.float64)
+        for b, (masks, weights) in enumerate(plans):
+            if s < len(weights):  # leave-one-out: short captions are finished earlier
+                mask[b, :masks.shape[1]] = masks[s]
+                weight[b] = weights[s]
+        mask = mask.to(tokens.device)
+        nll = cross_entropy(predict(tokens, mask), tokens[mask])  # [K]
+        sums = torch.zeros(B, T, dtype=torch.float64)
+        sums[mask.cpu()] = nll.double().cpu()
+        total -= weight * sums.sum(1)
     return total
 
 
-# ------------------------------------------------------------------------------------------------ samplers
+def visual_gain(scores):
+    """How much better captions fit their own images than images in general, in nats -> [B].
+
+    scores [B,M] of a caption beside M images, its own first: log p, or minus the weighted loss
+    under one mask. The mean over images (log-mean-exp) stands for the caption without an image,
+    so the gain is at most ln M: InfoNCE's bound on the mutual information (van den Oord et al.
+    2018). The mere cost of a wrong image has no bound."""
+    return scores[:, 0] - scores.logsumexp(dim=1) + math.log(scores.shape[1])
+
+
+# ---- samplers
 ORDERS = ("confidence", "random", "left-to-right", "ancestral")
 
 
 def draw_tokens(logits, temperature=0.0, generator=None):
-    """One token for each row of logits [K,V]: the likeliest (temperature 0) or a draw from softmax(logits/temperature).
+    """One token per row of logits [K,V]: the likeliest (temperature 0), or a draw from
+    softmax(logits / temperature) -> tokens [K] and their probabilities [K] at temperature 1.
 
-    Drawn as argmax(logits + temperature * Gumbel noise) in float64: float32 cannot represent the large noise values
-    that rare tokens need, which silently lowers the temperature (Zheng et al. 2024). Returns tokens [K] and their
-    *unperturbed* probabilities [K], by which LLaDA ranks positions."""
+    The draw is argmax(logits + temperature * Gumbel noise) in float64: float32 cannot
+    represent the large values of the noise that rare tokens need, which silently lowers the
+    temperature (Zheng et al. 2024). LLaDA ranks positions by the *unperturbed* probability,
+    so this is returned."""
     logits = logits.float()
     if temperature > 0:
         uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator)
-        noisy = logits.cpu().double() - temperature * torch.log(-torch.log(uniform))
+        gumbel = -torch.log(-torch.log(uniform))
+        noisy = logits.cpu().double() + temperature * gumbel
         tokens = noisy.argmax(dim=-1).to(logits.device)
     else:
         tokens = logits.argmax(dim=-1)
-    return tokens, logits.softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+    probability = logits.softmax(dim=-1).gather(1, tokens[:, None])
+    return tokens, probability.squeeze(1)
 
 
 @torch.no_grad()
 def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0.0, generator=None):
-    """Fill the masked positions step by step; yields (tokens [B,T], mask [B,T]) at the start and after every step.
+    """Fill the masked positions step by step; yields (tokens [B,T], mask [B,T]) before the
+    first step and after every step.
 
-    predict      (tokens [B,T], mask [B,T], where [K]) -> logits [K,V] of the flat positions `where`
-    tokens,mask  the words that are given (kept for ever) and where to write
-    steps        at most this many; None: one token of each caption a step (best)
-    order        which positions to reveal first: "confidence" (highest probability of the token drawn; LLaDA),
-                 "random" (uniform; equals the first-hitting sampler of Zheng et al. 2024), "left-to-right", or
-                 "ancestral" (the reverse process itself: from t to s, each with probability (t - s)/t; MDLM)
-    temperature  0 is greedy; otherwise tokens are drawn, on the CPU from `generator`
+    predict      (tokens [B,T], mask [B,T]) -> logits [K,V] of the masked tokens, in
+                 row-major order
+    tokens,mask  the given words, which stay, and the positions to fill
+    steps        at most this many ("ancestral": exactly); None: one token of each caption
+                 a step (best)
+    order        which positions to reveal first: "confidence" (highest probability
+                 of the drawn token; LLaDA), "random" (equals the first-hitting sampler of
+                 Zheng et al. 2024), "left-to-right", or "ancestral" (the reverse process:
+                 going from time t to s, each masked position is revealed with probability (t
+                 - s)/t; MDLM)
+    temperature  0 is greedy; otherwise tokens are drawn on the CPU from `generator`
 
-    A token that has been revealed never changes, and [MASK], which has no logit, cannot be drawn.
-    Raises ValueError for an unknown order, or steps below 1."""
+    A revealed token never changes, and [MASK], which has no logit, cannot be drawn. Raises
+    ValueError for an unknown order, or steps below 1."""
     if order not in ORDERS:
         raise ValueError(f"order {order!r}: expected one of {', '.join(ORDERS)}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps {steps}: expected at least 1")
-    total = mask.sum(1)                                                         # [B] words to find
-    planned = total.clamp(max=steps or mask.shape[1])                           # [B] steps of each caption
-    last = steps if steps and order == "ancestral" else int(planned.max())
+
+    total = mask.sum(1)  # [B] tokens to find
+    planned = total.clamp(max=steps or mask.shape[1])  # [B] steps of each caption
+    last = int(planned.max())
+    if order == "ancestral" and steps:
+        last = steps
     yield tokens, mask
+
     for step in range(1, last + 1):
-        where = mask.flatten().nonzero().squeeze(1)
-        drawn, confidence = draw_tokens(predict(tokens, mask, where), temperature, generator)
-        if order in ("random", "ancestral"):
-            confidence = torch.rand(len(where), generator=generator).to(confidence)
-        elif order == "left-to-right":
-            confidence = -(where % mask.shape[1]).to(confidence)
-        score = torch.full((mask.numel(),), -torch.inf, device=mask.device).index_copy(0, where, confidence.float())
-        if order == "ancestral":                                                # t = 1 - (step-1)/last, s = t - 1/last
-            reveal = mask & (score.view_as(mask) < 1 / (last - step + 1))
+        logits = predict(tokens, mask)
+        drawn, probability = draw_tokens(logits, temperature, generator)
+        score = order_score(order, mask, probability, generator)  # [B,T]
+        if order == "ancestral":
+            # From t = 1 - (step - 1)/last to s = t - 1/last: (t - s)/t.
+            chance = 1 / (last - step + 1)
+            reveal = mask & (score < chance)
         else:
-            rank = score.view_as(mask).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            left = total - torch.minimum(total, step * total // planned.clamp(min=1))   # [B] still masked afterwards
-            reveal = mask & (rank < (mask.sum(1) - left)[:, None])
-        tokens = torch.where(reveal, tokens.flatten().index_copy(0, where, drawn).view_as(tokens), tokens)
+            # The same share of a caption at every step, rounded down.
+            left = total - (step * total) // planned.clamp(min=1)  # [B] masks to keep
+            number = mask.sum(1) - left.clamp(min=0)  # [B] to reveal now
+            best_first = score.argsort(dim=1, descending=True, stable=True)
+            rank = best_first.argsort(dim=1)
+            reveal = mask & (rank < number[:, None])
+
+        proposed = tokens.masked_scatter(mask, drawn)
+        tokens = torch.where(reveal, proposed, tokens)
         mask = mask & ~reveal
         yield tokens, mask
 
 
-@torch.no_grad()
-def autoregress(next_word, B, length, eos, temperature=0.0, generator=None, device="cpu"):
-    """Left-to-right captions of at most `length` tokens; yields (tokens [B,T], mask [B,T]) as denoise does.
+def order_score(order, mask, probability, generator):
+    """Scores [B,T] by which `denoise` reveals masked positions, highest first; -inf where not
+    masked.
 
-    next_word: (tokens [B] before `position`, position) -> logits [B,V]. After its EOS a caption is EOS to the end."""
-    tokens, mask = torch.full((B, length), eos, device=device), torch.ones(B, length, dtype=torch.bool, device=device)
+    probability [K] belongs to the masked positions in row-major order."""
+    if order in ("random", "ancestral"):
+        values = torch.rand(len(probability), generator=generator)
+        values = values.to(probability.device)
+    elif order == "left-to-right":
+        values = -mask.nonzero()[:, 1].float()
+    else:
+        values = probability.float()
+    nothing = torch.full(mask.shape, -torch.inf, device=mask.device)
+    return nothing.masked_scatter(mask, values)
+
+
+@torch.no_grad()
+def autoregress(predict, B, length, eos, temperature=0.0, generator=None, device="cpu"):
+    """Left-to-right captions of at most `length` tokens; yields (tokens [B,T], mask [B,T]) as
+    `denoise`.
+
+    predict is `denoise`'s, of a causal decoder. A caption is EOS from its first EOS on."""
+    tokens = torch.full((B, length), eos, device=device)
+    mask = torch.ones(B, length, dtype=torch.bool, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     yield tokens, mask
     for i in range(length):
-        drawn, _ = draw_tokens(next_word(tokens[:, i - 1], i), temperature, generator)
-        tokens, mask = tokens.clone(), mask.clone()
-        tokens[:, i], mask[:, i] = drawn.masked_fill(ended, eos), False
+        asked = torch.zeros_like(mask)
+        asked[:, i] = True
+        drawn, _ = draw_tokens(predict(tokens, asked), temperature, generator)
+        tokens = tokens.clone()
+        mask = mask.clone()
+        tokens[:, i] = drawn.masked_fill(ended, eos)
+        mask[:, i] = False
         ended = ended | (drawn == eos)
         yield tokens, mask
         if ended.all():

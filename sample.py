@@ -1,21 +1,20 @@
-"""Caption images by iterative unmasking: start from [MASK]s only, fill in the most confident word, look again.
+"""Caption images by iterative unmasking, or score given captions.
 
-    python sample.py --ckpt out/shapes-tiny-mdc/ckpt.pt --dataset shapes --split val --count 8 --html page.html
-    python sample.py --ckpt out/flickr8k-tiny4-mdc/ckpt.pt photo.jpg folder/ --trace     # every step of the way
-    python sample.py --ckpt out/flickr8k-tiny4-mdc/ckpt.pt photo.jpg --prompt "a ___ dog on the ___"       # infilling
-    python sample.py --ckpt out/flickr8k-tiny4-mdc/ckpt.pt --score "a dog runs" "a cat sleeps" photo.jpg   # likelihoods
+    python sample.py --ckpt out/shapes-tiny-mdc/ckpt.pt --dataset shapes --count 8 --html page.html
+    python sample.py --ckpt CKPT photo.jpg folder/ --trace
+    python sample.py --ckpt CKPT photo.jpg --prompt "a ___ dog on the ___"
+    python sample.py --ckpt CKPT one.jpg two.jpg --score "a dog runs" "a cat sleeps"
 
-An image is encoded once, then the decoder runs once a step on all captions of a batch. It is told how long a caption
-is (pads were hidden from it in training), so the length is chosen before the first word. A model of
-`train.py --objective ar` writes from left to right instead and ends by itself."""
+A caption starts as [MASK] tokens only; each step predicts all of them and keeps the most confident.
+Its length is chosen first. An autoregressive model writes from left to right and ends by itself."""
 import base64
+import functools
 import io
 import itertools
 import json
 import math
 import os
 import re
-import shlex
 import sys
 import textwrap
 from collections import Counter
@@ -23,433 +22,465 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 import data
 import diffusion
-from data import BadSample, Batches, UserError, check_least, crop_square, decode_caption, load_tokenizer, open_image
-from model import Captioner, Config
-
-PAGE_BYTES, PICTURE = 1_200_000, 256                  # of a page's attention maps; side of its pictures
+from data import BadSample, Batches, UserError, crop_square, decode_caption, positive_int
+from model import Config, build_model
 
 
 def load_captioner(path, device="cpu"):
-    """Checkpoint file -> (Captioner in eval mode, the checkpoint's dict), or UserError; nothing in it is executed."""
+    """Checkpoint file -> (model in eval mode, checkpoint dict); executes nothing in the file."""
+    if not os.path.exists(path):
+        raise UserError(f"no checkpoint at {path}; make one with train.py")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = Captioner(Config(**checkpoint["config"]))
+        model = build_model(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}; train one with: python train.py") from None
-    except Exception as problem:                      # a pickle can break in any way
-        raise UserError(f"{path} is not a checkpoint of train.py ({type(problem).__name__})") from None
-    try:
         return model.to(device).eval(), checkpoint
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device} cannot be used here; try --device cpu") from None
+    except Exception as problem:  # a damaged pickle can raise anything
+        raise UserError(f"{path} is not a checkpoint of this version of train.py, or {device} is "
+                        f"not available: {problem!r:.99}") from None
 
 
-# ---------------------------------------------------------------------------------------------- captions
-def choose_lengths(histogram, count, length="typical", generator=None):
-    """Caption lengths in tokens, EOS included, for `count` images -> int tensor [count].
-
-    length: a number, "typical" (the median of histogram {length: captions}) or "draw" (drawn from it)."""
-    if str(length).isdecimal():
-        return torch.full((count,), int(length))
-    lengths, weights = torch.tensor(sorted(histogram)), torch.tensor([histogram[n] for n in sorted(histogram)]).double()
-    if length == "draw":
-        return lengths[torch.multinomial(weights, count, replacement=True, generator=generator)]
-    return lengths[int((weights.cumsum(0) < weights.sum() / 2).sum())].expand(count)
+# ---- captions
+def choose_lengths(histogram, count):
+    """Median of {length in tokens with EOS: captions} -> int tensor [count]."""
+    lengths = np.repeat([*histogram], [*histogram.values()])
+    return torch.full((count,), int(np.median(lengths)))
 
 
 @torch.no_grad()
-def caption_images(model, images, lengths, steps=None, order="confidence", temperature=0.0, generator=None, given=None):
-    """Caption a batch; yields (tokens [B,T], mask [B,T]) at the start and after every step, the captions last.
+def caption_images(model, images, lengths, prompt=None, temperature=0.0, generator=None, **options):
+    """Caption a batch; yields (tokens [B,T], mask [B,T]) at the start and after every step.
 
-    images [B,S,S,3] uint8; lengths [B]: tokens of each caption, its EOS included; EOS also follows it. given: words to
-    keep, as tokens [T] and mask [T], True at the blanks; lengths are T then. The rest is diffusion.denoise's. An
-    autoregressive model takes only temperature and generator."""
-    device, decoder, config = next(model.parameters()).device, model.decoder, model.config
-    kv = decoder.read(model.encode(images.to(device)))
-    if decoder.causal:
-        caches = [[] for _ in decoder.blocks]
-        yield from diffusion.autoregress(lambda tokens, i: decoder.next_word(kv, tokens, i, caches), len(images),
-                                         config.max_tokens, config.eos, temperature, generator, device)
-        return
-    lengths = lengths if config.pads == "hidden" else torch.full((len(images),), config.max_tokens)
-    valid = torch.arange(int(lengths.max()), device=device) < lengths.to(device)[:, None]
-    rows = valid.flatten().nonzero().squeeze(1)
-    tokens, mask = torch.full(valid.shape, config.eos, device=device), valid
-    if given is not None:                             # with pads="eos" the pads are given as well
-        tokens[:, :len(given[0])] = given[0].to(device)
-        mask = F.pad(given[1], (0, valid.shape[1] - len(given[1]))).to(device).expand_as(valid)
+    images [B,S,S,3] uint8; lengths [B] in tokens with EOS ("ar" ends by itself); prompt: tokens [T]
+    and mask [T], True at blanks, lengths are then T; others: diffusion.denoise."""
+    device = next(model.parameters()).device
+    eos = model.config.eos
+    memory = model.decoder.read(model.encode(images.to(device)))
+    if model.decoder.causal:
+        lengths = torch.full((len(images),), model.config.max_tokens)
+    valid = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
 
-    def predict(tokens, mask, where):
-        logits = decoder(kv, tokens, mask, valid, rows, where)
-        if given is not None:                         # a blank is a word: no end before the words that are given
-            logits[:, model.config.eos] = -torch.inf
+    def predict(tokens, mask):
+        logits = model.decoder(memory, tokens, mask, valid)
+        if prompt is not None:  # no end before the last given word
+            logits[:, eos] = -torch.inf
         return logits
 
-    yield from diffusion.denoise(predict, tokens, mask, steps, order, temperature, generator)
+    if model.decoder.causal:
+        return diffusion.autoregress(predict, *valid.shape, eos, temperature, generator, device)
+    tokens = torch.full(valid.shape, eos, device=device)
+    mask = valid
+    if prompt is not None:
+        tokens[:] = prompt[0]
+        mask = valid & prompt[1].to(device)
+    return diffusion.denoise(
+        predict, tokens, mask, temperature=temperature, generator=generator, **options)
 
 
 def captions_of(model, images, lengths, tokenizer):
-    """The captions that caption_images arrives at, as a list of str."""
+    """Captions as strings, see caption_images."""
     *_, (tokens, _) = caption_images(model, images, lengths)
     return [decode_caption(tokenizer, row) for row in tokens.tolist()]
 
 
-def read_prompt(prompt, tokenizer, longest):
-    """Text with blanks `___`, a token each -> tokens [T] and mask [T], True at the blanks, EOS last; or UserError."""
-    tokens, mask = [], []
+def read_prompt(prompt, tokenizer, max_tokens):
+    """Text with blanks `___`, one token each -> tokens [T] with EOS, mask [T] True at blanks."""
+    tokens = []
+    mask = []
     for part in re.split(r"(\s*_{2,})", prompt):
-        ids = [0] if part.endswith("__") else tokenizer.encode_ordinary(part)
-        tokens, mask = tokens + ids, mask + [part.endswith("__")] * len(ids)
-    if not any(mask) or len(tokens) >= longest:
-        raise UserError(f"--prompt {prompt!r}: expected words and blanks `___`, at most {longest - 1} tokens in all")
+        blank = part.endswith("__")
+        ids = [0] if blank else tokenizer.encode_ordinary(part)
+        tokens += ids
+        mask += [blank] * len(ids)
+    if not any(mask) or len(tokens) >= max_tokens:
+        raise UserError(f"--prompt: expected blanks `___`, at most {max_tokens - 1} tokens")
     return torch.tensor([*tokens, tokenizer.eot_token]), torch.tensor([*mask, False])
 
 
+# ---- scores
 @torch.no_grad()
-def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed=0, ratios=(0.0, 1.0), items=None):
-    """How well captions fit images -> [B] float64, in nats summed over tokens; higher is better.
+def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed=0, items=None):
+    """log p(caption | image, length), or a bound -> [B] float64 nats ("clip": the cosine).
 
-    features [B,N,D] from model.encode; captions: B lists of token ids with EOS, at most max_tokens long. rule, ratios:
-    see diffusion.scoring_masks. items: B numbers; captions of the same one, which are compared (default: all), get the
-    same random masks, others their own, so that their errors average out. An autoregressive model has one rule, the
-    exact log p; of CLIP the score is the cosine."""
-    device, config = features.device, model.config
-    lengths = [config.max_tokens if config.pads == "eos" else len(caption) for caption in captions]
-    padded = [[*caption, *[config.eos] * (max(lengths) - len(caption))] for caption in captions]
-    tokens, lengths = torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
-    valid = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    features [B,N,D]; captions: B lists of token ids with EOS; rule: see diffusion.log_likelihood
+    ("ar": always exact). Captions of the same item, items [B], get the same random masks."""
+    config = model.config
+    lengths = torch.tensor([len(caption) for caption in captions])
+    tokens = torch.tensor([*itertools.zip_longest(*captions, fillvalue=config.eos)]).T  # [B,T]
+    tokens = tokens.to(features.device)
+    valid = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(features.device)
     if config.objective == "clip":
-        return F.cosine_similarity(*model.match(features, tokens, valid)).cpu().double()
-    kv = model.decoder.read(features)
+        cosine = (model.embed_images(features) * model.embed_texts(tokens, valid)).sum(1)
+        return cosine.double().cpu()
 
-    def predict(tokens, mask, where):
-        inputs, mask = diffusion.shift_right(tokens) if model.decoder.causal else (tokens, mask)
-        return model.decoder(kv, inputs, mask, valid, None, where)
-
-    items = [0] * len(captions) if items is None else [int(item) for item in items]
-    rngs = {item: data.random_stream(seed, data.SCORING, item) for item in items}
-    masks = {item: (torch.from_numpy(r.random((draws, config.max_tokens))), r.random()) for item, r in rngs.items()}
     rule = "parallel" if model.decoder.causal else rule
-    return diffusion.log_likelihood(predict, tokens, valid, rule, [masks[item] for item in items], ratios)
+    items = [0] * len(captions) if items is None else items
+    rngs = [data.random_stream(seed, data.SCORING, int(item)) for item in items]
+    noise = torch.tensor(np.stack([rng.random((draws, config.max_tokens)) for rng in rngs]))
+    u = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64)
+    predict = functools.partial(model.decoder, model.decoder.read(features), valid=valid)
+    return diffusion.log_likelihood(predict, tokens, valid, rule, noise, u)
 
 
 def length_terms(histogram, captions, config):
-    """log p(length) [B] in nats of B token lists, from the training captions' histogram with one added to each length.
-
-    What a model with hidden pads, which is told the length, leaves out; zero where the score has it already."""
-    if config.objective != "mdc" or config.pads == "eos":
+    """log p(length) [B] in nats of B token lists, from {length: training captions} plus 1 each;
+    0 unless the objective is "mdc"."""
+    if config.objective != "mdc":
         return torch.zeros(len(captions), dtype=torch.float64)
-    counts = torch.tensor([histogram.get(len(caption), 0) + 1 for caption in captions], dtype=torch.float64)
-    return (counts / (sum(histogram.values()) + config.max_tokens)).log()
+    counts = torch.tensor([histogram.get(len(caption), 0) + 1.0 for caption in captions])
+    return (counts.double() / (sum(histogram.values()) + config.max_tokens)).log()
 
 
-@torch.no_grad()
-def print_scores(model, checkpoint, tokenizer, names, images, captions, draws, seed):
-    """For every image the captions, best first (length included), with the scores of all rules in nats."""
-    longest, objective = model.config.max_tokens, model.config.objective
-    tokens = [[*tokenizer.encode_ordinary(data.clean_caption(text)), tokenizer.eot_token] for text in captions]
-    if max(map(len, tokens)) > longest:
-        raise UserError(f"--score: expected captions of at most {longest} tokens, EOS included")
-    lengths, length_term = torch.tensor([*map(len, tokens)]), length_terms(checkpoint["lengths"], tokens, model.config)
-    features = model.encode(images.to(next(model.parameters()).device))
-
-    def score(i, rule="monte-carlo", ratios=(0.0, 1.0)):
-        return score_captions(model, features[i].expand(len(tokens), -1, -1), tokens, rule, draws, seed, ratios)
-
-    totals = torch.stack([score(i) for i in range(len(names))])                                 # [images, captions]
-    for i, name in enumerate(names):
-        total, others = totals[i], torch.cat([totals[:i], totals[i + 1:]])
-        columns = {{"clip": "cosine", "ar": "log p"}.get(objective, "bound"): total}
-        if objective != "clip":
-            columns["a token"] = total / lengths
-            if len(others):                           # log-mean-exp: the likelihood of a caption without its image
-                columns["gain"] = (total - others.logsumexp(0) + math.log(len(others))) / lengths
-        if objective == "mdc":
-            columns |= {"+ length": total + length_term, "trained t": score(i, ratios=checkpoint["options"]["ratios"]),
-                        "parallel": score(i, "parallel"), "leave 1 out": score(i, "leave-one-out")}
-        print(name + "\n" + "".join(f"{column:>13}" for column in columns) + "   caption")
-        for k in (total + length_term).argsort(descending=True).tolist():
-            print("".join(f"{column[k]:13.3f}" for column in columns.values()) + f"   {captions[k]}")
+# ---- metrics
+def ngrams(words):
+    """Counter of the n-grams of a list of words, n from 1 to 4."""
+    grams = Counter()
+    for n in range(1, 5):
+        grams.update(zip(*(words[i:] for i in range(n)), strict=False))
+    return grams
 
 
-# ---------------------------------------------------------------------------------------------- caption metrics
-def ngrams(words, n):
-    """Counter of the n-grams of a list of words."""
-    return Counter(zip(*(words[i:] for i in range(n)), strict=False))
+def bleu(made, given):
+    """Corpus BLEU-1..4 (Papineni et al. 2002) -> array [4]."""
+    matches = np.full(4, 1e-15)  # the small numbers are those of pycocoevalcap
+    totals = np.full(4, 1e-9)
+    given_length = 0
+    for words, truths in zip(made, given, strict=True):
+        lengths = sorted(len(truth) for truth in truths)
+        given_length += min(lengths, key=lambda length: abs(length - len(words)))
+        most = Counter()  # of each n-gram in any reference
+        for truth in truths:
+            most |= ngrams(truth)
+        for gram, count in (ngrams(words) & most).items():
+            matches[len(gram) - 1] += count
+        totals += np.maximum(0, len(words) - np.arange(4))
+    made_length = max(1, sum(map(len, made)))
+    brevity = min(1, math.exp(1 - given_length / made_length))
+    return brevity * (matches / totals).cumprod() ** (1 / np.arange(1, 5))
 
 
-def bleu(hypotheses, references):
-    """Corpus BLEU-1..4 (Papineni et al. 2002) with the closest reference length -> four numbers in 0..1."""
-    counts, lengths = np.zeros((4, 2)), np.zeros(2)
-    for words, truths in zip(hypotheses, references, strict=True):
-        lengths += len(words), min(map(len, truths), key=lambda length: (abs(length - len(words)), length))
-        for n in range(4):
-            most = Counter()
-            for truth in truths:
-                most |= ngrams(truth, n + 1)
-            counts[n] += (ngrams(words, n + 1) & most).total(), max(0, len(words) - n)
-    precisions = ((counts[:, 0] + 1e-15) / (counts[:, 1] + 1e-9)).cumprod() ** (1 / np.arange(1, 5))
-    return (precisions * min(1, math.exp(1 - (lengths[1] + 1e-9) / (lengths[0] + 1e-15)))).tolist()
-
-
-def rouge_l(words, truths, beta=1.2):
-    """ROUGE-L (Lin 2004) of a caption: best recall and best precision of the longest common subsequence."""
-    precision, recall = 0.0, 0.0
+def rouge_l(words, truths):
+    """ROUGE-L (Lin 2004) of one caption: best precision and best recall over the references."""
+    precision = recall = 0.0
     for truth in truths:
-        row = [0] * (len(truth) + 1)                  # longest common subsequence with each beginning of truth
+        common = np.zeros(len(truth) + 1)  # longest subsequence with the first j words of truth
         for word in words:
-            before = row[:]
-            for j, other in enumerate(truth):
-                row[j + 1] = before[j] + 1 if word == other else max(row[j], before[j + 1])
-        precision, recall = max(precision, row[-1] / max(1, len(words))), max(recall, row[-1] / max(1, len(truth)))
-    return (1 + beta ** 2) * precision * recall / (recall + beta ** 2 * precision) if precision else 0.0
+            longer = common[:-1] + [word == other for other in truth]
+            common[1:] = np.maximum.accumulate(np.maximum(common[1:], longer))
+        precision = max(precision, common[-1] / max(1, len(words)))
+        recall = max(recall, common[-1] / max(1, len(truth)))
+    return 2.44 * precision * recall / max(recall + 1.44 * precision, 1e-9)  # beta = 1.2
 
 
-def cider_d(hypotheses, references, sigma=6.0):
-    """Mean CIDEr-D (Vedantam et al. 2015), times 10: clipped cosines of tf-idf n-grams, punished for length."""
-    seen = Counter(gram for truths in references
-                   for gram in {g for truth in truths for n in range(4) for g in ngrams(truth, n + 1)})
+def cider_d(made, given):
+    """Mean CIDEr-D (Vedantam et al. 2015): clipped cosine of tf-idf n-grams, times 10."""
+    images_with = Counter()  # n-gram: images with a reference containing it
+    for truths in given:
+        images_with.update(set().union(*map(ngrams, truths)))
+
+    def tf_idf(words, n):
+        return {gram: count * math.log(len(given) / max(1, images_with[gram]))
+                for gram, count in ngrams(words).items() if len(gram) == n}
+
     total = 0.0
-    for words, truths in zip(hypotheses, references, strict=True):
+    for words, truths in zip(made, given, strict=True):
         for truth, n in itertools.product(truths, range(1, 5)):
-            own, other = (Counter({gram: count * math.log(len(references) / max(1, seen[gram]))
-                                   for gram, count in ngrams(text, n).items()}) for text in (words, truth))
-            norms = math.sqrt(sum(x * x for x in own.values()) * sum(x * x for x in other.values()))
-            dot = sum(min(own[gram], other[gram]) * other[gram] for gram in own)
-            distance = max(0, len(words) - 1) - max(0, len(truth) - 1)
-            total += (dot / norms if norms else dot) * math.exp(-distance ** 2 / (2 * sigma ** 2)) / len(truths)
-    return 10 / 4 * total / len(hypotheses)
+            own = tf_idf(words, n)
+            other = tf_idf(truth, n)
+            dot = sum(min(own[gram], other[gram]) * other[gram] for gram in own if gram in other)
+            norms = math.hypot(*own.values()) * math.hypot(*other.values())
+            penalty = math.exp(-((len(words) - len(truth)) ** 2) / (2 * 6**2))
+            total += penalty * dot / max(norms, 1e-300) / len(truths)
+    return 10 / 4 * total / len(made)
 
 
-def print_metrics(hypotheses, references):
-    """Print the metrics of lists of words against lists of lists of words, as pycocoevalcap defines them."""
-    scores = {f"BLEU-{n + 1}": value for n, value in enumerate(bleu(hypotheses, references))}
-    scores |= {"ROUGE-L": np.mean([*map(rouge_l, hypotheses, references)]), "CIDEr-D": cider_d(hypotheses, references)}
-    print("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+def split_words(text):
+    return re.findall(r"\w+", text.lower())
 
 
-def score_files(made, given):
-    """Print the metrics of two JSON files, {image: caption} and {image: [captions]}; words end at white space."""
-    try:
-        made, given = (json.loads(Path(file).read_text(encoding="utf-8")) for file in (made, given))
-        pairs = [(made[name].split(), [text.split() for text in given[name]]) for name in sorted(made)]
-        if not pairs or not all(given[name] and isinstance(given[name], list) for name in made):
-            raise ValueError("an image without a list of captions")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as problem:
-        raise UserError(f"--score-files: {type(problem).__name__}: {problem}; expected {{image: caption}} and {{image: "
-                        "[captions]}, every image of the first in the second") from None
-    print(f"{len(pairs):,} captions made, references given for {len(given):,} images")
-    print_metrics(*zip(*pairs, strict=True))
+def print_metrics(made, given):
+    print("words: lower case, no punctuation")
+    for n, score in enumerate(bleu(made, given), 1):
+        print(f"BLEU-{n} {score:.4f}", end="  ")
+    rouge = np.mean([*map(rouge_l, made, given)])
+    print(f"ROUGE-L {rouge:.4f}  CIDEr-D {cider_d(made, given):.4f}")
 
 
-# ---------------------------------------------------------------------------------------------- showing
+# ---- showing
+def show(tokenizer, tokens, mask):
+    """State of a caption [T] as text, `_` for a masked token; nothing after an EOS."""
+    blank = tokenizer.encode_ordinary(" _")
+    ids = []
+    for token, masked in zip(tokens.tolist(), mask.tolist(), strict=True):
+        ids += blank if masked else [token]
+    return decode_caption(tokenizer, ids)
+
+
+def show_example(tokens, mask, valid, tokenizer, objective, ratio=None):
+    """A training caption [T] as text; with a masking ratio, its masked view too."""
+    tokens = tokens[valid]
+    text = f"a training example ({objective}):\n  caption  {decode_caption(tokenizer, tokens)}"
+    text += f"\n  tokens   {tokens.tolist()}"
+    if ratio is not None:
+        text += f"\n  masked   {show(tokenizer, tokens, mask[valid])}  (masking ratio {ratio:.2f})"
+    return text
+
+
+def report(model, val, seed, lengths, path):
+    """Caption validation images, draw twelve into `path`, green if exactly as given.
+
+    lengths: see choose_lengths. -> {"exact": share} for `shapes`, else {}."""
+    config = model.config
+    shapes = val.folder.parent.name == "shapes"
+    count = len(val) if shapes else 12
+    batch = Batches(val, count, config.image_size, config.max_tokens, seed, augment=False)[0]
+    images = batch["images"]
+    made = captions_of(model, images, choose_lengths(lengths, len(images)), val.tokenizer)
+    given = [decode_caption(val.tokenizer, row) for row in batch["tokens"]]
+    exact = [caption == truth for caption, truth in zip(made, given, strict=True)]
+
+    sheet = Image.new("RGB", (4 * 200, 3 * 360), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images[:12]):
+        x = i % 4 * 200
+        y = i // 4 * 360
+        sheet.paste(Image.fromarray(image.numpy()).resize((190, 190)), (x, y))
+        text = made[i] if exact[i] else f"{made[i]} (given: {given[i]})"
+        text = textwrap.fill(text, 24, max_lines=9)
+        draw.text((x, y + 192), text, "green" if exact[i] else "black", font_size=15)
+    sheet.save(path)
+    return {"exact": sum(exact) / len(exact)} if shapes else {}
+
+
+# ---- web pages
 def data_uri(image):
-    """A picture [S,S,3] uint8 as a JPEG that a page can hold."""
-    Image.fromarray(np.asarray(image)).save(file := io.BytesIO(), "JPEG", quality=88)
+    """Picture [S,S,3] uint8 -> URI that contains it as a JPEG."""
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(file, "JPEG", quality=90, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def write_page(template, path, content):
-    """Fill a template of assets/ with JSON-ready content, which cannot end its script, and write it atomically."""
+    """Write a template of assets/ filled with JSON-ready content."""
     page = (Path(__file__).parent / "assets" / template).read_text(encoding="utf-8")
-    page = page.replace("/* DATA */ null", json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))
+    text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")  # no </script>
     with data.replace_file(path) as file:
-        file.write(page.encode())
+        file.write(page.replace("/* DATA */ null", text).encode())
 
 
-def watch(model, tokenizer, states, budget):
-    """Run caption_images on one image and note what the model saw -> (its states, a dict as page.html wants it).
+def watch(model, tokenizer, states):
+    """Run caption_images on one image -> (its states, the record that page.html describes)."""
+    decoder = model.decoder
+    attention = []  # [T,N] of each layer, mean over heads
+    calls = []  # mask [1,T] and logits [K,V]
 
-    For every token asked for at a step: its five likeliest words, and where it looks (mean of heads) in each layer,
-    after the mean of layers. Maps of more than `budget` bytes become the mean alone, and then means of 2 x 2 patches.
-    """
-    decoder, maps, chances, rows, looks, kept = model.decoder, [], [], [], [], [next(states)]
+    def record_attention(cross, inputs):
+        x, (keys, _) = inputs
+        split = (cross.heads, -1)
+        queries = cross.q(x)[0].unflatten(-1, split)
+        keys = keys[0].unflatten(-1, split)
+        scores = torch.einsum("thd,nhd->htn", queries, keys) / math.sqrt(keys.shape[-1])
+        attention.append(scores.softmax(-1).mean(0))
 
-    def look(cross, inputs, _):
-        x, (k, _), _, pack = inputs
-        q, k = (y.unflatten(-1, (cross.heads, -1)).transpose(1, 2) for y in (pack.pad(cross.q(x)), k))
-        maps.append((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[0].mean(0))         # [T,N]; "ar": [1,N]
-
-    hooks = [block.cross.register_forward_hook(look) for block in decoder.blocks]
-    hooks.append(decoder.head.register_forward_hook(lambda _, inputs, logits: chances.append(logits.softmax(-1))))
+    hooks = [block.cross.register_forward_pre_hook(record_attention) for block in decoder.blocks]
+    hooks.append(decoder.register_forward_hook(
+        lambda _, inputs, logits: calls.append((inputs[2][0], logits))))
+    kept = [next(states)]
+    steps = []
+    words = {model.config.eos: None}
     for tokens, mask in states:
-        asked = (kept[-1][1] & ~mask if decoder.causal else kept[-1][1])[0].nonzero()               # [K,1]
-        chance = chances.pop()                                                                      # [K,V]
-        likely, words = chance.topk(5)
-        likely = torch.cat([chance.gather(1, tokens[0][asked]), likely], 1)                         # [K,6]
-        step = torch.full_like(asked, len(kept) - 1)
-        rows.append(torch.cat([step, asked, words, (1000 * likely).round().long()], 1))             # [K,13]
-        looks.append(torch.stack([x[asked[:, 0] % len(x)] for x in maps[-len(decoder.blocks):]]))   # [L,K,N]
         kept.append((tokens, mask))
+        asked, logits = calls.pop()
+        likely = logits.softmax(-1).topk(5)
+        maps = torch.stack(attention).mean(0)[asked]  # [K,N]
+        attention.clear()
+        side = math.isqrt(maps.shape[1])
+        maps = maps.unflatten(1, (side, side))
+        maps = torch.nn.functional.avg_pool2d(maps, math.ceil(side / 8), ceil_mode=True)
+        maps = (255 * maps / maps.amax((1, 2), keepdim=True)).round().byte()
+        steps.append({
+            "asked": asked.nonzero().flatten().tolist(),
+            "likely": likely.indices.tolist(),
+            "chances": (100 * likely.values).round().int().tolist(),
+            "maps": base64.b64encode(maps.cpu().numpy().tobytes()).decode()})
+        for word in {*tokens[0].tolist(), *likely.indices.flatten().tolist()}:
+            words.setdefault(word, tokenizer.decode([word]))
     for hook in hooks:
         hook.remove()
-    looks = torch.cat(looks, 1).unflatten(-1, (math.isqrt(looks[0].shape[-1]), -1))                 # [L,P,side,side]
-    looks = torch.cat([looks.mean(0, keepdim=True), looks])
-    while looks.numel() > budget and looks.shape[-1] > 1:
-        looks = looks[:1] if len(looks) > 1 else F.avg_pool2d(looks, 2, ceil_mode=True)
-    looks = (255 * looks / looks.amax((2, 3), keepdim=True)).round().byte()
-    rows, T = torch.cat(rows), tokens.shape[1]
-    ids, words = torch.cat([tokens[0], rows[:, 2:7].flatten()]).unique(return_inverse=True)
-    rows[:, 2:7] = words[T:].view(-1, 5)                                                            # places in ids
-    rows, maps = (base64.b64encode(x.cpu().numpy().tobytes()).decode() for x in (rows.short(), looks))
-    texts = [None if word == model.config.eos else tokenizer.decode([word]) for word in ids.tolist()]
-    return kept, {"tokens": words[:T].tolist(), "words": texts, "steps": len(kept) - 1, "side": looks.shape[-1],
-                  "rows": rows, "maps": maps}
+    return kept, {"tokens": tokens[0].tolist(), "words": words, "causal": decoder.causal,
+                  "side": maps.shape[1], "steps": steps}
 
 
-def show(tokenizer, tokens, mask):
-    """One state of a caption as text, `_` for every token that is still masked; nothing after an EOS."""
-    blank = tokenizer.encode_ordinary(" _")
-    ids = [blank if masked else [token] for token, masked in zip(tokens.tolist(), mask.tolist(), strict=True)]
-    return decode_caption(tokenizer, sum(ids, []))
+# ---- command line
+def is_image(path):
+    return data.split_name(path)[1] in data.IMAGE_TYPES
 
 
-def show_example(batch, tokenizer, objective):
-    """A training caption, its tokens, and what the model is asked about it, as text."""
-    tokens, mask, length = batch["tokens"][0], batch["mask"][0], int(batch["valid"][0].sum())
-    tokens = tokens.roll(-1) if objective == "ar" else tokens
-    ratio = f"{float(batch['ratio'][0]):.2f}" if len(batch["ratio"]) else "-"
-    fill = f"{show(tokenizer, tokens[:length], mask[:length])}   and the image (masking ratio {ratio})"
-    task = {"clip": "to find the caption of each image in the batch, and vice versa",
-            "ar": "each token from the image and the tokens before it"}.get(objective, fill)
-    return (f"a training example:\n  caption  {decode_caption(tokenizer, tokens)}\n"
-            f"  tokens   {' '.join(map(str, tokens[:length].tolist()))}\n  task     {task}")
-
-
-def contact_sheet(images, texts, path, columns=4, side=180):
-    """Draw images [n,S,S,3] uint8 in a grid over their lines of text; texts: for each a list of (line, colour)."""
-    gap, height = 14, side + 180
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, -(-len(images) // columns) * height + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
-        x, y = gap + i % columns * (side + gap), gap + i // columns * height
-        sheet.paste(Image.fromarray(np.asarray(image)).resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        for number, (text, colour) in enumerate(lines):
-            draw.text((x, y + side + 6 + 82 * number), textwrap.fill(text, side // 8, max_lines=4), colour, font)
-    sheet.save(path)
-
-
-def report(model, val, seed, lengths, path):
-    """Caption validation images, draw the first into `path`; for shapes {"exact": share of captions exactly right}."""
-    shapes, made, given = val.folder.parent.name == "shapes", [], []
-    batches = Batches(val, min(100, len(val)), model.config.image_size, model.config.max_tokens, seed, augment=False)
-    for number in range(-(-len(val) // batches.batch_size) if shapes else 1):
-        batch = batches[number]
-        made += captions_of(model, batch["images"], choose_lengths(lengths, len(batch["images"])), val.tokenizer)
-        given += [decode_caption(val.tokenizer, row) for row in batch["tokens"]]
-    right = [a == b for a, b in zip(made, given, strict=True)]
-    texts = [[(a, ("green" if ok else "darkred") if shapes else "black"), (f"given: {b}", "grey")]
-             for a, b, ok in zip(made[:12], given, right, strict=False)]
-    contact_sheet(batches[0]["images"][:12], texts, path)
-    return {"exact": sum(right) / len(right)} if shapes else {}
-
-
-# ---------------------------------------------------------------------------------------------- command line
-def main():
-    """Caption what the command line names, batch by batch."""
+def parse_args():
     parser = data.Parser(__doc__)
     add = parser.add_argument
-    add("images", nargs="*", metavar="IMAGE", help="image files or folders; or use --dataset")
-    add("--ckpt", metavar="FILE", help="checkpoint of train.py")
-    add("--dataset", help="caption a split of these shards instead")
-    add("--split", default="val", help="with --dataset (default: val)")
-    add("--data-dir", default="data", metavar="DIR", help="default: data")
-    add("--count", type=int, metavar="N", help="only the first N images (default: all)")
-    add("--steps", type=int, metavar="N", help="denoising steps; fewer are faster and worse (default: a token a step)")
-    add("--length", default="typical", metavar="N", help="tokens, EOS included: a number, `typical` (the median of the "
-        "training captions, the default) or `draw` (drawn from them for each image)")
-    add("--temperature", type=float, default=0.0, metavar="X", help="0: likeliest words (default); 1: drawn")
-    add("--order", choices=diffusion.ORDERS, default="confidence", help="which words come first (default: confidence)")
-    add("--prompt", metavar="TEXT", help='keep these words and fill the blanks, each `___` one token: "a ___ dog"')
-    add("--score", nargs="+", metavar="TEXT", help="rank these captions instead; what names a file is an image")
-    add("--metrics", action="store_true", help="with --dataset: BLEU, ROUGE-L and CIDEr-D against all its captions")
-    add("--score-files", nargs=2, metavar=("MADE", "GIVEN"), help="metrics of JSON, {image: text} and {image: [texts]}")
-    add("--draws", type=int, default=32, metavar="N", help="random masks for each score (default: 32)")
-    add("--trace", action="store_true", help="print the caption after every step, `_` for a masked token")
-    add("--html", metavar="FILE", help="page that plays the steps and shows where words look; 2 MB for 8 images")
-    add("--compare", metavar="FILE", help="another checkpoint for the same images, beside the first in --html")
-    add("--batch-size", type=int, default=64, metavar="B", help="images at a time (default: 64)")
-    add("--seed", type=int, default=0, help="of temperature, order and length (default: 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
+    add("images", nargs="*", help="files or folders")
+    add("--ckpt", required=True, help="checkpoint of train.py")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--dataset", help="data set, in place of images")
+    add("--split", choices=("train", "val", "test"), default="val", help="default: val")
+    add("--data-dir", default="data", help="default: data")
+    add("--count", type=positive_int, help="only the first COUNT")
+    add("--batch-size", type=positive_int, default=64, help="default: 64")
+    add("--steps", type=positive_int, help="default: one per token (best)")
+    add("--order", choices=diffusion.ORDERS, default="confidence", help="default: confidence")
+    add("--temperature", type=data.non_negative_float, default=0.0, help="default: 0, greedy")
+    add("--seed", type=data.non_negative_int, default=0, help="random seed (default: 0)")
+    add("--length", type=positive_int,
+        help="tokens of a caption with its end (default: median of the training captions)")
+    add("--prompt", help="words with blanks `___`, one token each")
+    add("--trace", action="store_true", help="print all steps")
+    add("--html", help="page that replays the steps")
+    add("--metrics", action="store_true", help="BLEU, ROUGE-L and CIDEr-D")
+    add("--score", nargs="+", metavar="TEXT", default=[], help="rank captions; scores in nats")
     args = parser.parse_args()
-    check_least(args, count=1, steps=1, batch_size=1, draws=1, temperature=0, seed=0)
-    if args.score_files:
-        return score_files(*args.score_files)
-    files = [word for word in args.score or [] if os.path.exists(word) or data.split_name(word)[1] in data.IMAGE_TYPES]
-    captions = [word for word in args.score or [] if word not in files]
+    files = [word for word in args.score if os.path.exists(word) or is_image(word)]
     args.images += files
-    shards = data.open_split(args.data_dir, args.dataset, args.split) if args.dataset else None
-    names = [shards.key(i) for i in range(len(shards))[:args.count]] if shards else [
-        str(file) for path in map(Path, args.images) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        if file == path or file.suffix.lower().lstrip(".") in data.IMAGE_TYPES][:args.count]
-    for wrong, message in (
-            (not args.ckpt, "--ckpt is missing: a checkpoint of train.py, say out/shapes-tiny-mdc/ckpt.pt"),
-            (bool(args.dataset) == bool(args.images) or (args.score and not captions), "expected either images or "
-             "--dataset, for example: python sample.py --ckpt FILE photo.jpg; and with --score captions"),
-            (not names, f"{args.dataset or ', '.join(args.images)}: no jpg, png or webp images there"),
-            (args.metrics and not args.dataset, "--metrics needs captions to compare with: --dataset NAME --split val"),
-            (args.html and args.score, "--html shows captions being written: leave out --score"),
-            (args.html and (os.path.isdir(args.html) or not Path(args.html).parent.is_dir()),
-             f"--html {args.html}: expected a file name in a folder that exists")):
-        if wrong:
-            raise UserError(message)
+    args.score = [word for word in args.score if word not in files]
+    if (bool(args.images) == bool(args.dataset) or args.metrics and not args.dataset
+            or files and not args.score or args.html and args.score):
+        raise UserError("expected images or --dataset NAME (for --metrics), and captions after "
+                        "--score (without --html)")
+    if not Path(args.html or ".").parent.is_dir():
+        raise UserError(f"--html {args.html}: no such folder")
+    return args
 
-    def read(i, side):
-        """Central square of an image [side,side,3] uint8."""
-        try:
-            return crop_square(shards.image(i, side) if shards else open_image(names[i], side), side)
-        except BadSample as reason:
-            raise UserError(f"{names[i]}: {reason}") from None
 
-    # read before anything is captioned, so that a broken image costs nothing
-    pictures = [{"name": names[i], "picture": data_uri(read(i, PICTURE))} for i in range(len(names)) if args.html]
-    paths, pages = list(filter(None, (args.ckpt, args.compare))), []
-    for path in paths:
-        model, checkpoint = load_captioner(path, args.device)
-        tokenizer, config, made, notes = load_tokenizer(checkpoint["tokenizer"]), model.config, [], []
-        if config.objective == "clip" and not args.score:
-            raise UserError(f"{path} is a contrastive model, which writes no captions; it ranks them: --score")
-        if config.objective == "ar" and args.prompt:
-            raise UserError(f"{path} writes from left to right and cannot fill blanks: --prompt needs masked diffusion")
-        if args.length not in ("typical", "draw", *map(str, range(1, config.max_tokens + 1))):
-            raise UserError(f"--length {args.length}: expected typical, draw or a number from 1 to {config.max_tokens}")
-        given = args.prompt and read_prompt(args.prompt, tokenizer, config.max_tokens)
-        generator, size = torch.Generator().manual_seed(args.seed), 1 if args.html else args.batch_size
-        for part in (range(len(names))[first:first + size] for first in range(0, len(names), size)):
-            images = torch.from_numpy(np.stack([read(i, config.image_size) for i in part]))
-            if captions:
-                print_scores(model, checkpoint, tokenizer, [names[i] for i in part], images, captions, args.draws,
-                             args.seed)
-                continue
-            length = len(given[0]) if given else args.length
-            states = caption_images(model, images, choose_lengths(checkpoint["lengths"], len(part), length, generator),
-                                    args.steps, args.order, args.temperature, generator, given)
-            if args.html:
-                states, note = watch(model, tokenizer, states, PAGE_BYTES // (len(names) * len(paths)))
-                notes.append(note)
-            # what a causal model has not written yet has no place yet
-            states = [(tokens.cpu(), mask.cpu() & (not model.decoder.causal)) for tokens, mask in states]
-            for row, i in enumerate(part):
-                texts = [show(tokenizer, tokens[row], mask[row]) for tokens, mask in states]
-                for number, text in enumerate(texts[:-1] if args.trace else []):
-                    print(f"{names[i]}\t{number:2}  {text}")
-                print(f"{names[i]}\t{texts[-1]}", flush=True)
-                made.append(texts[-1])
-        pages.append({"name": path, "images": notes})
-        if args.metrics:
-            cut = re.compile(r"\w+").findall
-            truths = [[decode_caption(tokenizer, ids).lower() for ids in shards.captions(i)] for i in range(len(names))]
-            print("words: lower case, no punctuation (our own rule); METEOR and SPICE, which need Java, are left out")
-            print_metrics([cut(text.lower()) for text in made], [[*map(cut, texts)] for texts in truths])
+def find_images(args):
+    """-> names, and Shards (None: the names are files)."""
+    if args.dataset:
+        shards = data.open_split(args.data_dir, args.dataset, args.split)
+        if not len(shards):
+            raise UserError(f"{shards.folder}: no {args.split} images")
+        return [shards.key(i) for i in range(len(shards))[:args.count]], shards
+    names = []
+    for path in args.images:
+        files = [path]
+        if os.path.isdir(path):
+            files = [*filter(is_image, data.list_files(path, set()))]
+        if not files:
+            raise UserError(f"{path}: no jpg, png or webp images")
+        names += files
+    return names[:args.count], None
+
+
+def read_images(names, shards, size, side):
+    """Yield indices and squares [B,side,side,3] uint8; names bad images on stderr."""
+    for first in range(0, len(names), size):
+        squares = {}
+        for i, name in enumerate(names[first:first + size], first):
+            try:
+                image = shards.image(i, side) if shards else data.open_image(name, side)
+                squares[i] = crop_square(image, side)
+            except BadSample as reason:
+                print(f"error: {name}: {reason}", file=sys.stderr)
+        if squares:
+            yield list(squares), torch.from_numpy(np.stack([*squares.values()]))
+
+
+def write_captions(model, checkpoint, names, shards, args):
+    """Print captions, metrics and the page -> number of images."""
+    config = model.config
+    if config.objective == "clip" or config.objective == "ar" and args.prompt:
+        raise UserError(f"{args.ckpt}: contrastive models can only --score, autoregressive ones "
+                        "cannot fill blanks")
+    tokenizer = data.load_tokenizer(checkpoint["tokenizer"])
+    options = {"steps": args.steps, "order": args.order, "temperature": args.temperature,
+               "generator": torch.Generator().manual_seed(args.seed)}
+    histogram = checkpoint["lengths"]
+    if args.length:
+        histogram = {min(args.length, config.max_tokens): 1}
+    if args.prompt:
+        options["prompt"] = read_prompt(args.prompt, tokenizer, config.max_tokens)
+        histogram = {len(options["prompt"][0]): 1}
+
+    records = []
+    made = {}
+    size = 1 if args.html else args.batch_size
+    for indices, batch in read_images(names, shards, size, config.image_size):
+        lengths = choose_lengths(histogram, len(batch))
+        states = caption_images(model, batch, lengths, **options)
+        if args.html:
+            states, record = watch(model, tokenizer, states)
+            record |= {"name": names[indices[0]], "picture": data_uri(batch[0])}
+            records.append(record)
+        states = list(states)
+        for row, i in enumerate(indices):
+            for step, (tokens, mask) in enumerate(states):
+                masked = mask[row] & (not model.decoder.causal)  # words to come have no place yet
+                made[i] = show(tokenizer, tokens[row], masked)
+                if args.trace and step < len(states) - 1:
+                    print(f"{names[i]}\t{step:2}  {made[i]}")
+            print(f"{names[i]}\t{made[i]}", flush=True)
+
+    if args.metrics:
+        given = []
+        for i in made:
+            captions = shards.captions(i)
+            given.append([split_words(decode_caption(tokenizer, ids)) for ids in captions])
+        print_metrics([*map(split_words, made.values())], given)
     if args.html:
-        command = shlex.join(["python", *sys.argv])
-        write_page("page.html", args.html, {"command": command, "images": pictures, "models": pages})
+        write_page("page.html", args.html, {"images": records})
+    return len(made)
+
+
+@torch.no_grad()
+def print_scores(model, checkpoint, names, shards, args):
+    """Rank --score's captions for every image -> number of images. bound: on log p(caption |
+    image, length), in nats; + length: plus log p(length), which ranks; visual gain: against the
+    mean over the given images, see diffusion.visual_gain."""
+    config = model.config
+    tokenizer = data.load_tokenizer(checkpoint["tokenizer"])
+    encode = tokenizer.encode_ordinary
+    captions = [[*encode(data.clean_caption(text)), config.eos] for text in args.score]
+    lengths = torch.tensor([[len(caption)] for caption in captions])
+    if lengths.max() > config.max_tokens:
+        raise UserError(f"--score: expected at most {config.max_tokens - 1} tokens")
+
+    shown = []
+    scores = []
+    for [i], image in read_images(names, shards, 1, config.image_size):
+        shown.append(names[i])
+        features = model.encode(image.to(args.device)).expand(len(captions), -1, -1)
+        scores.append(score_captions(model, features, captions, seed=args.seed))
+    if not shown:
+        return 0
+
+    score = torch.stack(scores, 1)  # [captions,images]
+    ranked = score + length_terms(checkpoint["lengths"], captions, config)[:, None]
+    columns = {"bound": score, "+ length": ranked}
+    if config.objective != "mdc":
+        columns = {"log p" if config.objective == "ar" else "cosine": score}
+    if config.objective != "clip":
+        columns["per token"] = score / lengths
+        if len(shown) > 1:
+            mean = score.logsumexp(1, keepdim=True) - math.log(len(shown))
+            columns["visual gain"] = score - mean
+    for i, name in enumerate(shown):
+        print(name + "\n" + "".join(f"{column:>13}" for column in columns) + "   caption")
+        for k in ranked[:, i].argsort(descending=True).tolist():
+            numbers = "".join(f"{values[k, i]:13.3f}" for values in columns.values())
+            print(f"{numbers}   {args.score[k]}")
+    return len(shown)
+
+
+def main():
+    args = parse_args()
+    names, shards = find_images(args)
+    model, checkpoint = load_captioner(args.ckpt, args.device)
+    act = print_scores if args.score else write_captions
+    done = act(model, checkpoint, names, shards, args)
+    if done < len(names):
+        sys.exit(1 if done else 2)
 
 
 if __name__ == "__main__":

@@ -1,596 +1,745 @@
-"""Train a captioner by masked diffusion; the encoder's features are what it is for.
+"""Train a captioner by masked diffusion; its image encoder learns visual features.
 
-    python train.py                                                       # the embedded data set, minutes on a CPU
-    python train.py --dataset cc3m                                        # one GPU; data.py has made the shards
-    torchrun --nproc_per_node=8 train.py --dataset cc3m --model B/16      # eight GPUs
-    python train.py --objective ar                                        # what the paper compares with: ar, bert, ...
+    python train.py                                     # synthetic images, minutes on a CPU
+    python train.py --dataset cc3m                      # one GPU; data.py made the shards
+    torchrun --nproc_per_node=8 train.py --dataset cc3m
+    python train.py --objective ar                      # a baseline
 
-Typing the same command again continues a run that was stopped, bit for bit on a CPU. The global batch (--batch-size)
-is what counts: how it is split into processes and micro-batches changes speed and memory, not the result. OUT (default
-out/DATASET-MODEL-OBJECTIVE) gets ckpt.pt, ckpt-previous.pt, best.pt, log.jsonl, report.html and at the end samples.png
-and final.json."""
+The same command continues a stopped run, bit for bit on a CPU. `main` reads from top to bottom;
+`step_loss` calls the objectives."""
 import argparse
-import contextlib
 import ctypes
-import functools
-import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
+import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import diffusion
-from data import Batches, UserError, decode_caption, open_split, random_stream, run
-from model import SIZES, Captioner, Config, flops
-from sample import captions_of, choose_lengths, data_uri, load_captioner, report, show_example, write_page
+from data import (DATASETS, Batches, UserError, decode_caption, fraction, non_negative_float,
+                  non_negative_int, open_split, positive_float, positive_int, run)
+from diffusion import SCHEDULES
+from model import SIZES, Captioner, Config, build_model, flops
+from sample import (captions_of, choose_lengths, data_uri, load_captioner, report, show_example,
+                    write_page)
 
-# What `--dataset NAME` alone means; an explicit option wins. Values for photographs follow Cap and Cluster Masking at
-# academic scale; see "Choices made without the full text" in the README.
-PHOTOGRAPHS = {"model": "B/16", "image_size": 224, "tokenizer": "gpt2", "max_tokens": 64, "epochs": 32.0,
-               "batch_size": 2048, "captions_per_image": 1, "lr": 5e-4, "warmup": 2000, "encoder_start": 0,
-               "weight_decay": 0.2, "crop_scale": 0.5, "flip": False, "t_min": 0.5}
-MILLIONS = PHOTOGRAPHS | {"save_every": 2000, "eval_every": 2000}
+# Photographs: values of CapPa and Cluster Masking at academic scale.
+PHOTOGRAPHS = dict(model="B/16", epochs=32.0, batch_size=2048, lr=5e-4, warmup=2000,
+                   weight_decay=0.2, crop_scale=0.5, save_every=2000, eval_every=2000)
+SMALL = dict(save_every=500, eval_every=500)
 PRESETS = {
-    "shapes": {"model": "tiny", "image_size": 48, "tokenizer": "words:100", "max_tokens": 16, "steps": 1250,
-               "batch_size": 32, "captions_per_image": 1, "lr": 1e-3, "warmup": 100, "encoder_start": 0,
-               "weight_decay": 0.05, "crop_scale": 1.0, "flip": False, "t_min": 0.5},
-    "flickr8k": {"model": "tiny/4", "image_size": 32, "tokenizer": "words:4000", "max_tokens": 32, "steps": 4900,
-                 "batch_size": 64, "captions_per_image": 3, "lr": 1.5e-3, "warmup": 200, "encoder_start": 300,
-                 "weight_decay": 0.1, "crop_scale": 0.25, "flip": True, "t_min": 0.5},
-    "coco": PHOTOGRAPHS | {"model": "S/16", "batch_size": 512, "lr": 1e-3, "warmup": 1000},
-    "cc3m": MILLIONS,
-    "cc12m": MILLIONS,
-    "recap": MILLIONS | {"max_tokens": 128, "epochs": 20.0},
+    "shapes": dict(SMALL, model="tiny", steps=1250, batch_size=32, lr=1e-3, warmup=100,
+                   weight_decay=0.05, crop_scale=1.0),
+    "flickr8k": dict(SMALL, model="tiny/4", steps=6000, batch_size=64, lr=1.5e-3, warmup=200,
+                     weight_decay=0.1, crop_scale=0.25, flip=True),
+    "coco": PHOTOGRAPHS | dict(SMALL, model="S/16", batch_size=512, lr=1e-3, warmup=1000),
+    "cc3m": PHOTOGRAPHS,
+    "cc12m": PHOTOGRAPHS,
+    "recap": dict(PHOTOGRAPHS, epochs=20.0),
 }
-OBJECTIVES = {"mdc": "masked diffusion captioning", "ar": "autoregressive captioning", "clip": "contrastive learning",
-              "bert": "image-conditioned BERT, one masking ratio", "parallel": "everything masked, one pass"}
-# Options that change where, how fast or how often, but not the weights that come out.
-MAY_CHANGE = {"data_dir", "out", "fresh", "device", "compile", "workers", "micro_batch", "save_every", "eval_every",
-              "log_every", "bench"}
-EVAL_BATCH, EVAL_BATCHES, SHOWN = 128, 8, 8
-INPUTS = ("images", "tokens", "mask", "valid", "rows", "where", "targets")        # of Captioner.forward
-# Dense bfloat16 FLOP/s of the data sheets, by the whole name of the card: a guess would make MFU a lie.
-PEAKS = {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
-         "NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12}
+# --init: gentle, to keep what the weights know.
+FINE_TUNING = dict(steps=None, epochs=10.0, lr=5e-5, warmup=100, weight_decay=0.01, crop_scale=0.8)
+OBJECTIVES = ("mdc", "ar", "clip", "bert", "parallel")
+# Options that may change when a run is continued.
+MAY_CHANGE = ("data_dir", "out", "fresh", "device", "compile", "workers", "micro_batch",
+              "save_every", "eval_every", "log_every")
+NAMED = ("mask_ratio", "t_min", "t_max", "schedule", "pairs", "seed")  # in the default OUT
+
+EVAL_BATCH = 128
+EVAL_IMAGES = 1024
+EXCHANGES = 8  # wrong images of a validation caption
+# Dense bfloat16 FLOP/s, for model FLOP utilization (MFU).
+PEAKS = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+
+
+# ---- options
+def make_parser():
+    parser = data.Parser(__doc__)
+    add = parser.add_argument_group("data (defaults: the preset)").add_argument
+    add("--dataset", default="shapes",
+        help=f"folder in DATA_DIR; presets: {', '.join(PRESETS)} (others: cc3m's)")
+    add("--data-dir", default="data", help="folder of the shards")
+    add("--image-size", type=positive_int, help="pixels (default: preset or shards)")
+    add("--crop-scale", type=fraction, help="least share of the area in a crop; 1: no crops")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
+    add("--tokenizer", help="refuse shards of another tokenizer")
+    add("--max-tokens", type=positive_int, help="longest caption; others are cut")
+    add("--pairs", type=positive_int, help="size of a random subset")
+    add("--workers", type=non_negative_int, help="per rank (default: up to 16 with CUDA)")
+
+    add = parser.add_argument_group("model and objective").add_argument
+    add("--model", choices=SIZES)
+    add("--objective", choices=OBJECTIVES, default="mdc", help="mdc (default) or a baseline")
+    add("--t-min", type=non_negative_float, default=0.5, help="mdc: smallest time (default: 0.5)")
+    add("--t-max", type=fraction, default=1.0, help="mdc: largest time (default: 1)")
+    add("--mask-ratio", type=fraction, default=0.5, help="bert: masking ratio (default: 0.5)")
+    add("--schedule", choices=SCHEDULES, default="linear",
+        help="mdc: masking ratio and weight at a time (default: linear)")
+
+    add = parser.add_argument_group("optimization (defaults: the preset)").add_argument
+    add("--batch-size", type=positive_int, help="images per step, all processes together")
+    add("--micro-batch", type=positive_int, help="images at a time, to save memory")
+    add("--steps", type=positive_int, help="length of the run; or --epochs")
+    add("--epochs", type=positive_float)
+    add("--lr", type=non_negative_float, help="peak learning rate of AdamW")
+    add("--warmup", type=non_negative_int, help="steps")
+    add("--weight-decay", type=non_negative_float, help="of matrices")
+    add("--clip", type=positive_float, default=1.0, help="largest gradient norm (default: 1)")
+    add("--seed", type=non_negative_int, default=0, help="random seed (default: 0)")
+    add("--init", help="checkpoint to fine-tune")
+
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: with CUDA")
+    add("--out", help="folder (default: out/DATASET-MODEL-OBJECTIVE...)")
+    add("--fresh", action="store_true", help="start over and replace the contents of OUT")
+    add("--save-every", type=positive_int, help="steps between checkpoints")
+    add("--eval-every", type=non_negative_int, help="steps between validations; 0: none")
+    add("--log-every", type=positive_int, default=50, help="steps (default: 50)")
+    return parser
 
 
 def parse_args(argv=None):
-    """Command line -> (namespace with the data set's preset filled in, the preset)."""
-    parser = data.Parser(__doc__)
-    add = parser.add_argument_group("data (defaults of most options: the preset, printed first)").add_argument
-    add("--dataset", default="shapes", help="name under DATA_DIR; presets: " + ", ".join(PRESETS) + " (others: cc3m's)")
-    add("--data-dir", default="data", metavar="DIR", help="where data.py put the shards (default: data)")
-    add("--image-size", type=int, metavar="PX", help="pixels of the square that the encoder sees")
-    add("--crop-scale", type=float, metavar="X", help="smallest share of the area that a crop keeps; 1: no crops")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; but captions may say left")
-    add("--tokenizer", metavar="NAME", help="has to be the shards'; see data.py")
-    add("--max-tokens", type=int, metavar="N", help="longest caption with its EOS; longer ones are cut, EOS kept")
-    add("--pairs", type=int, metavar="N", help="train on the first N images only (default: on all)")
-    add("--workers", type=int, metavar="N", help="loader processes a rank; 0: none (default: CUDA at most 16, else 0)")
-    add = parser.add_argument_group("model and objective").add_argument
-    add("--model", choices=list(SIZES), help="size of encoder and decoder")
-    add("--positions", choices=("sincos", "learned"), default="sincos", help="of the patches (default: sincos)")
-    add("--objective", choices=list(OBJECTIVES), default="mdc", help="; ".join(map(": ".join, OBJECTIVES.items())))
-    add("--t-min", type=float, metavar="R", help="mdc: smallest masking ratio 1 - alpha, 0..1; 0: bound on log p")
-    add("--t-max", type=float, default=1.0, metavar="R", help="mdc: largest masking ratio (default: 1)")
-    add("--mask-ratio", type=float, default=0.5, metavar="R", help="bert: its masking ratio, in (0,1] (default: 0.5)")
-    add("--schedule", choices=list(diffusion.SCHEDULES), default="linear", help="mdc: alpha_t (default: linear)")
-    add("--weight", choices=("elbo", "flat"), default="elbo", help="of a masked token: elbo, -alpha'/(1-alpha), which "
-        "is 1/t for linear (default), or flat, 1 (ablation)")
-    add("--pads", choices=("hidden", "eos"), default="hidden", help="after the end of a caption: hidden, for nothing "
-        "(default), or eos, tokens like others, with which a caption can end by itself")
-    add = parser.add_argument_group("optimization").add_argument
-    add("--batch-size", type=int, metavar="B", help="images of a step over all processes")
-    add("--captions-per-image", type=int, metavar="N", help="captions to answer about an image that is encoded once; "
-        "more than it has: the same ones, masked anew (ar, parallel: repeated)")
-    add("--micro-batch", type=int, metavar="B", help="images, with their captions, that a process takes at a time: "
-        "memory, not the result")
-    add("--steps", type=int, metavar="N", help="length of the run; or give --epochs")
-    add("--epochs", type=float, metavar="X", help="length of the run in passes over the images")
-    add("--lr", type=float, help="peak learning rate of AdamW (betas 0.9, 0.98), cosine to 0")
-    add("--warmup", type=int, metavar="N", help="steps of linear warm-up; 0 turns it off")
-    add("--encoder-start", type=int, metavar="N", help="step at which the encoder's own warm-up begins; before it only "
-        "the decoder learns")
-    add("--weight-decay", type=float, metavar="X", help="on tensors of two or more dimensions; 0 turns it off")
-    add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm; 1e9 turns it off (default: 1)")
-    add("--seed", type=int, default=0, help="of weights, order, crops and masks (default: 0)")
-    add("--init", metavar="CKPT", help="start from the weights of another run (fine-tuning)")
-    add = parser.add_argument_group("machine and output").add_argument
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: the first of these there is")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="default: bfloat16 where it is fast")
-    add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile (default: on for CUDA)")
-    add("--bench", choices=("real", "repeat"), help="only measure the speed of --steps steps (default: 40), with the "
-        "loader, or with one batch again and again; nothing is saved")
-    add("--out", metavar="DIR", help="default: out/DATASET-MODEL-OBJECTIVE")
-    add("--fresh", action="store_true", help="start over and replace what is in OUT")
-    add("--save-every", type=int, metavar="N", help="steps between checkpoints (default: preset, else 500)")
-    add("--eval-every", type=int, metavar="N", help="steps between validations; 0: none (default: preset, else 500)")
-    add("--log-every", type=int, metavar="N", help="steps between log lines (default: 50)")
+    """Command line -> namespace, completed by the preset. Raises UserError."""
+    parser = make_parser()
     args = parser.parse_args(argv)
-    preset = PRESETS.get(args.dataset, PHOTOGRAPHS)
-    if args.bench:
-        args.steps, args.fresh, args.eval_every = args.steps or 40, True, 0
-        args.log_every = min(args.steps, args.log_every or 10)
-    given = ("steps", "epochs") if args.steps or args.epochs else ()
-    values = {"save_every": 500, "eval_every": 500, "log_every": 50} | preset
-    if args.init or args.objective == "clip":                     # --init: it has learnt; clip: no words come first
-        values["encoder_start"] = 0
-    if args.objective == "clip":
-        values["captions_per_image"] = 1
-    for name, value in values.items():
-        if getattr(args, name) is None and name not in given:
+    preset = {"flip": False} | PRESETS.get(args.dataset, PHOTOGRAPHS)
+    if args.init:
+        preset |= FINE_TUNING
+        if not os.path.isfile(args.init):
+            raise UserError(f"--init {args.init}: no such file")
+    if args.steps or args.epochs:  # either of them replaces the preset's length
+        preset |= {"steps": args.steps, "epochs": args.epochs}
+    preset["max_tokens"] = DATASETS.get(args.dataset, data.PHOTOGRAPHS)["max_tokens"]
+    for name, value in preset.items():
+        if getattr(args, name) is None:
             setattr(args, name, value)
-    args.out = args.out or f"out/{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
-    data.check_least(args, image_size=1, batch_size=1, captions_per_image=1, micro_batch=1, pairs=1, steps=1,
-                     save_every=1, log_every=1, max_tokens=2, workers=0, warmup=0, encoder_start=0, weight_decay=0,
-                     seed=0, lr=0, clip=0, eval_every=0, epochs=1e-9, t_min=0, mask_ratio=1e-9, crop_scale=1e-9)
-    if args.init and not os.path.isfile(args.init):
-        raise UserError(f"--init {args.init}: no such file")
-    args.ratios = {"bert": (args.mask_ratio,) * 2, "parallel": (1.0, 1.0)}.get(args.objective, (args.t_min, args.t_max))
-    if not args.ratios[0] <= args.ratios[1] <= 1 or args.ratios[1] <= 0:
-        raise UserError(f"masking ratios from {args.ratios[0]} to {args.ratios[1]}: expected 0 <= --t-min <= --t-max "
-                        "<= 1 and --mask-ratio in (0,1]")
-    if args.pads == "eos" and args.objective in ("ar", "clip"):
-        raise UserError(f"--pads eos is for masked objectives; {args.objective} has no use for it")
-    if args.captions_per_image > 1 and args.objective == "clip":
-        raise UserError("--objective clip compares an image with one caption: --captions-per-image 1")
-    if args.crop_scale > 1:
-        raise UserError(f"--crop-scale {args.crop_scale}: expected at most 1, which means no crops")
-    return args, preset
+
+    if args.max_tokens < 2:
+        raise UserError("--max-tokens 1: expected at least 2")
+    if args.t_min > args.t_max:
+        raise UserError(f"--t-min {args.t_min} --t-max {args.t_max}: expected t_min <= t_max")
+    used = {"mdc": ("t_min", "t_max", "schedule"), "bert": ("mask_ratio",)}
+    for option in ("t_min", "t_max", "schedule", "mask_ratio"):
+        changed = getattr(args, option) != parser.get_default(option)
+        if changed and option not in used.get(args.objective, ()):
+            raise UserError(f"--{option.replace('_', '-')} is not for --objective {args.objective}")
+    fixed = {"bert": (args.mask_ratio, args.mask_ratio), "parallel": (1.0, 1.0)}
+    args.times = fixed.get(args.objective, (args.t_min, args.t_max))
+    name = f"{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
+    for option in NAMED:
+        value = getattr(args, option)
+        if value != parser.get_default(option):
+            name += f"-{option.replace('_', '-')}{value}"
+    args.out = args.out or f"out/{name}{'-init' if args.init else ''}"
+    return args
 
 
-def find_device(device, dtype, local_rank):
-    """--device, --dtype -> (torch.device, torch.dtype of autocast, the reason in words). fp16 is never chosen."""
+# ---- machine
+class Processes(NamedTuple):
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    launched: bool = False  # by torchrun
+
+
+def find_processes():
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    values = [os.environ.get(name, "") for name in names]
+    if not any(values[:2]):
+        return Processes()
+    numbers = [int(value) for value in values[:3] if value.isdecimal()]
+    if not all(values) or len(numbers) < 3 or numbers[0] >= numbers[1]:
+        found = " ".join(map("=".join, zip(names, values, strict=True)))
+        raise UserError(f"environment {found}: start with torchrun, or `unset RANK WORLD_SIZE`")
+    return Processes(*numbers, launched=True)
+
+
+def connect(cuda):
+    # After a restart the store still holds the addresses of crashed workers.
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo for plain values, without a GPU
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
+def find_device(args, local_rank):
+    """Device and reason; completes --dtype (not float16, which would need loss scaling) and
+    --compile. Raises UserError."""
+    device = args.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.compile == "auto":
+        args.compile = "on" if device == "cuda" else "off"
+    fast = False
+    name = f"{torch.get_num_threads()} CPU threads"
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{local_rank + 1} or more processes, but {torch.cuda.device_count()} GPUs here: "
-                            f"torchrun --nproc_per_node={max(1, torch.cuda.device_count())}, or --device cpu")
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(f"only {count} GPUs: use --device cpu or a smaller --nproc_per_node")
         torch.cuda.set_device(local_rank)
-        fast, name = torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name()
-    elif device == "mps":
-        if not torch.backends.mps.is_available():
-            raise UserError("--device mps: this machine has none; use --device cpu")
-        fast, name = False, "this Mac's GPU"
-    else:
-        cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-        fast = "avx512_bf16" in cpuinfo or "amx_bf16" in cpuinfo
-        name = f"this CPU ({torch.get_num_threads()} threads)"
-    reason = f"{name} has {'' if fast else 'no fast '}bfloat16 matrix products"
-    if dtype == "auto":
-        dtype = "bfloat16" if fast else "float32"
-    return torch.device(device, local_rank if device == "cuda" else None), getattr(torch, dtype), f"{dtype}: {reason}"
+        fast = torch.cuda.get_device_capability() >= (8, 0)
+        name = torch.cuda.get_device_name()
+        device = f"cuda:{local_rank}"
+    elif os.path.exists("/proc/cpuinfo"):
+        flags = Path("/proc/cpuinfo").read_text()
+        fast = "avx512_bf16" in flags or "amx_bf16" in flags
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if fast else "float32"
+    return torch.device(device), f"{args.dtype} on {name}; fast bfloat16: {fast}"
 
 
 def keep_memory():
-    """Keep freed memory instead of returning it to Linux, and use huge pages; to be called before the first tensor.
-
-    A step allocates and frees the same gigabytes again and again. By default each large tensor is mapped anew and paid
-    for page by page: a third of a step of `tiny` on a CPU."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")            # PyTorch's switch for huge pages on the CPU
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)                                            # M_MMAP_MAX: no block has a mapping of its own
-        mallopt(-1, -1)                                           # M_TRIM_THRESHOLD: what is free at the end stays
+    """Keep freed memory: mapping it anew, page by page, is a third of a CPU step of `tiny`."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of single blocks
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
-def get_lr(step, peak, warmup, steps, start=0):
-    """Learning rate of a step: 0 before `start`, linear warm-up, a cosine from `peak` at `warmup` to 0 at `steps`."""
-    rise = min(1, max(0, step + 1 - start) / max(1, warmup))
-    return peak * rise * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
-
-
-def split_batch(batch_size, world, micro_batch, contrastive=False):
-    """Global batch -> number of equal micro-batches of each process, by default of at most 256 images.
-
-    Raises UserError with the numbers if the images cannot be shared out equally, or if CLIP's would be split: each of
-    its captions is compared with all images of the batch."""
-    share = max(1, batch_size // world)
-    micro = min(share, micro_batch or (share if contrastive else 256))
-    if batch_size % world or share % micro:
-        raise UserError(f"--batch-size {batch_size} cannot be shared out equally among {world} processes in parts of "
-                        f"{micro}: expected a multiple of {world * micro}; change --batch-size or --micro-batch")
-    if contrastive and micro < share:
-        raise UserError(f"--micro-batch {micro}: --objective clip needs all {share} images of a process "
-                        f"({batch_size} / {world}) at once; use more processes or a smaller --batch-size")
-    return share // micro
-
-
-def print_main(*words):
-    """Print on the first process only, above the progress bar if there is one."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(" ".join(map(str, words)))
-        sys.stdout.flush()
+def print0(*words):
+    if os.environ.get("RANK") in (None, "", "0"):
+        print(*words, flush=True)
 
 
 def gather(mine, world):
-    """Lists of CPU tensors and plain values of all processes -> one list, the same everywhere."""
+    """Concatenated lists of all processes."""
     parts = [mine] * world
     if world > 1:
         dist.all_gather_object(parts, mine)
     return sum(parts, [])
 
 
+# ---- one step
+def get_lr(step, peak, warmup, steps):
+    """Linear warm-up, then a cosine from `peak` to 0 at `steps`."""
+    rise = min(1, (step + 1) / max(1, warmup))
+    done = max(0, step - warmup) / max(1, steps - warmup)
+    return peak * rise * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def split_batch(batch_size, world, micro_batch, contrastive=False):
+    """Number of equal micro-batches of each process."""
+    share = max(1, batch_size // world)
+    micro = min(share, micro_batch or (share if contrastive else 256))
+    if contrastive and micro < share:  # it compares all captions with all images
+        raise UserError(f"--micro-batch {micro}: clip needs all {share} images; leave it out")
+    if batch_size % world or share % micro:
+        raise UserError(f"--batch-size {batch_size}: expected a multiple of {world * micro}, for "
+                        f"{world} processes and micro-batches of {micro}")
+    return share // micro
+
+
+def add_masks(batch, objective, times, schedule):
+    """Add t [B], mask [B,T] and the flat masked positions, where [K], to a batch on the CPU:
+    a GPU would have to be waited for."""
+    batch["mask"] = batch["valid"]
+    if objective not in ("ar", "clip"):
+        t = diffusion.stratified_times(batch["u"], batch["strata"], *times)
+        ratio, _ = SCHEDULES[schedule](t)
+        batch["t"] = t.float()
+        batch["mask"] = diffusion.mask_tokens(batch["noise"], batch["valid"], ratio)
+    batch["where"] = batch["mask"].flatten().nonzero().squeeze(1)
+    return batch
+
+
 def to_device(batch, device):
-    """Every tensor of a batch to the device; from pinned memory the copy runs while the host goes on."""
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    """Copy a batch, in the background from pinned memory."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def matmul_rate(device, dtype):
-    """FLOP/s of this machine's product of large square matrices, the best of some rounds: what a model can hope for."""
-    n, rates = 2048 if device.type == "cpu" else 8192, []
-    x = torch.randn(n, n, device=device).to(dtype)
-    for _ in range(8):
-        began = time.perf_counter()
-        float((x @ x)[0, 0])                                      # waits for the device
-        rates.append(2 * n ** 3 / (time.perf_counter() - began))
-    return max(rates)
+def step_loss(model, batch, objective, schedule, scale, ddp):
+    """This process's loss, summed over tokens (clip: pairs); scale: inverse temperature."""
+    images, tokens = batch["images"], batch["tokens"]
+    valid, where = batch["valid"], batch["where"]
+    if objective == "ar":
+        return diffusion.ar_loss(model, images, tokens, valid, where)
+    if objective == "clip":
+        image, text = model(images, tokens, valid)
+        all_images, all_texts = image, text
+        if ddp.world > 1:
+            all_images = torch.cat(dist.nn.functional.all_gather(image))
+            all_texts = torch.cat(dist.nn.functional.all_gather(text))
+        first = ddp.rank * len(image)
+        return diffusion.clip_loss(image, text, all_images, all_texts, scale, first)
+    return diffusion.mdc_loss(model, images, tokens, batch["mask"], valid, where, batch["t"],
+                              SCHEDULES[schedule])
+
+
+# ---- validation
+@torch.no_grad()
+def evaluate_captioner(model, batches, args, ddp, autocast):
+    """Score captions beside their own and EXCHANGES wrong images, with fixed masks:
+
+    val_loss      nats per token
+    wrong_image   its cost in nats per token; _se: standard errors
+    visual_gain   diffusion.visual_gain, nats per caption
+    by_ratio      loss of a masked token in tenths of masking ratios
+    by_position   [wrong_image, its standard error, captions]"""
+    rows = []
+    for batch in batches:
+        tokens, where = batch["tokens"], batch["where"]
+        targets = tokens.flatten()[where]
+        B, T = tokens.shape
+        ratio = weight = torch.ones(B, device=tokens.device)
+        if "t" in batch:
+            ratio, weight = SCHEDULES[args.schedule](batch["t"])
+        nll = torch.zeros(B, min(EXCHANGES + 1, B), model.config.max_tokens, device=tokens.device)
+        with autocast:
+            features = model.encode(batch["images"])
+            for shift in range(nll.shape[1]):  # 0: its own image
+                memory = model.decoder.read(features.roll(shift, 0))
+                logits = model.decoder(memory, tokens, batch["mask"], batch["valid"], where)
+                nll[where // T, shift, where % T] = diffusion.cross_entropy(logits, targets)
+        row = (nll, weight, ratio, batch["mask"].sum(1), batch["length"])
+        rows.append([value.cpu().double() for value in row])
+    columns = zip(*gather(rows, ddp.world), strict=True)
+    nll, weight, ratio, masked, length = map(torch.cat, columns)
+
+    loss = nll * weight[:, None, None]  # [n,1+EXCHANGES,L]
+    cost = loss[:, 1:].mean(1) - loss[:, 0]  # [n,L]
+    wrong_image = cost.sum() / length.sum()
+    error = (cost.sum(1) - wrong_image * length).norm() / length.sum()
+    gain = diffusion.visual_gain(-loss.sum(2))  # [n]
+    tenth = (ratio * 10 + 1e-6).long().clamp(max=9)  # 0.7 in float32 is below 0.7
+    by_ratio = tenth.bincount(nll[:, 0].sum(1), 10) / tenth.bincount(masked, 10)
+    by_position = [cost[length > i, i] for i in range(int(length.max()))]
+    return dict(
+        val_loss=float(loss[:, 0].sum() / length.sum()),
+        wrong_image=float(wrong_image),
+        wrong_image_se=float(error),
+        visual_gain=float(gain.mean()),
+        visual_gain_se=float(gain.std() / len(gain) ** 0.5),
+        by_ratio=[None if math.isnan(mean) else mean for mean in by_ratio.tolist()],
+        by_position=[[float(here.mean()), float(here.std() / len(here) ** 0.5), len(here)]
+                     for here in by_position if len(here) > 1])
 
 
 @torch.no_grad()
-def evaluate(model, batches, device, autocast, rank, world):
-    """Validation on all processes, each with batches of its own, fixed times and masks -> dict of plain numbers.
-
-    The training objective with the right images and with others of their batch: diffusion.image_gain. Of CLIP the loss
-    over all images at once, and diffusion.recall."""
-    model.eval()
-    L, clip, mine = model.config.max_tokens, model.config.objective == "clip", []
-    for number, batch in enumerate(batches):
-        batch = to_device(batch, device)
-        B, T = batch["mask"].shape
+def evaluate_clip(model, batches, ddp, autocast):
+    """Loss and recall over all validation pairs; equal captions count as right."""
+    rows = []
+    for batch in batches:
+        tokens = batch["tokens"]
         with autocast:
-            if clip:
-                captions = torch.nn.functional.pad(batch["tokens"], (0, L - T), value=model.config.eos)
-                mine.append([x.cpu() for x in (*model(*(batch[name] for name in INPUTS)), captions)])
-                continue
-            features, shift = model.encode(batch["images"]), random_stream(rank + number * world, data.EXCHANGE, 0)
-            exchanged = features.roll(1 + int(shift.integers(B - 1)), 0)
-            losses = [model.decoder(model.decoder.read(seen), *(batch[name] for name in INPUTS[1:])).cpu().double()
-                      for seen in (features, exchanged)]
-        place, weight = (batch["where"] // T * L + batch["where"] % T).cpu(), batch["weight"].cpu()
-        table = [torch.zeros(B * L, dtype=torch.float64).index_copy(0, place, loss * weight) for loss in losses]
-        mine.append((*(x.view(B, L) for x in table), batch["length"].cpu(), batch["ratio"].cpu(), losses[0]))
-    model.train()
-    columns = map(torch.cat, zip(*gather(mine, world), strict=True))
-    if clip:
-        image, text, captions = columns
-        number = captions.unique(dim=0, return_inverse=True)[1]                           # equal captions are one
-        loss = diffusion.contrastive_loss(image, text, image, text)
-        return {"val_loss": float(loss)} | diffusion.recall(image, text, number)
-    return diffusion.image_gain(*columns)
+            image, text = model(batch["images"], tokens, batch["valid"])
+        pads = model.config.max_tokens - tokens.shape[1]
+        captions = torch.nn.functional.pad(tokens, (0, pads), value=model.config.eos)
+        rows.append([image.float().cpu(), text.float().cpu(), captions.cpu()])
+    image, text, captions = map(torch.cat, zip(*gather(rows, ddp.world), strict=True))
+    loss = diffusion.clip_loss(image, text, image, text, model.log_scale.detach().exp().cpu())
+    _, number = captions.unique(dim=0, return_inverse=True)
+    cosine = image @ text.T
+    return dict(val_loss=float(loss) / len(image),
+                image_to_text_r1=float((number[cosine.argmax(1)] == number).float().mean()),
+                text_to_image_r1=float((number[cosine.argmax(0)] == number).float().mean()))
 
 
+# ---- checkpoints
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint; the ckpt.pt before it stays as ckpt-previous.pt. At every moment one of the two is whole."""
+    """Write a file; ckpt.pt becomes ckpt-previous.pt before, so one is always whole."""
     try:
         with data.replace_file(path) as file:
             torch.save(checkpoint, file)
             if path.name == "ckpt.pt" and path.exists():
                 os.replace(path, path.with_name("ckpt-previous.pt"))
-    except (OSError, RuntimeError) as problem:                    # torch hides a full disk in a RuntimeError
-        raise UserError(f"{path} could not be written ({problem}): what was saved before is intact; make room and type "
-                        "the same command again") from None
+    except (OSError, RuntimeError) as problem:  # torch hides a full disk in a RuntimeError
+        raise UserError(f"{path}: {problem}; earlier checkpoints are intact, make room") from None
 
 
 def find_checkpoint(args, digest):
-    """The checkpoint to continue, or None; and why this run is refused, or None. digest: Shards.digest of the training
-    shards."""
-    paths = [] if args.fresh else [Path(args.out) / name for name in ("ckpt.pt", "ckpt-previous.pt")]
-    paths = [path for path in paths if path.exists()]
+    """The checkpoint to continue or None; digest: of the training shards. Raises UserError."""
+    paths = [Path(args.out, name) for name in ("ckpt.pt", "ckpt-previous.pt")]
+    paths = [path for path in paths if path.exists() and not args.fresh]
+    now = vars(args) | {"shards": digest}
     for path in paths:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            options = checkpoint["options"]
-        except Exception as problem:                              # a file cut short can break in any way
-            print_main(f"{path} cannot be read ({type(problem).__name__})")
+            was = checkpoint["options"] | {"shards": checkpoint["shards"]}
+        except Exception as problem:  # a file cut short can break in any way
+            print0(f"{path} cannot be read ({type(problem).__name__})")
             continue
-        changed = [f"--{name.replace('_', '-')} was {options.get(name)}, now {value}"
-                   for name, value in vars(args).items() if name not in MAY_CHANGE and options.get(name) != value]
-        changed += ["the training shards were made anew"] * (checkpoint["shards"] != digest)
+        changed = [f"--{name.replace('_', '-')} was {was.get(name)}, now {now[name]}"
+                   for name in now if name not in MAY_CHANGE and was.get(name) != now[name]]
         if changed:
-            return None, (f"{path} is another run ({'; '.join(changed)}): repeat its options, or use --fresh or "
-                          "another --out")
-        print_main(f"continuing {path} at step {checkpoint['step']:,}")
-        return checkpoint, None
-    return None, f"no checkpoint in {args.out} can be read: start over with --fresh" if paths else None
+            raise UserError(f"{path} is another run ({'; '.join(changed)}): use --fresh or --out")
+        print0(f"continuing {path} at step {checkpoint['step']:,}")
+        # A broken ckpt.pt must not become ckpt-previous.pt at the next save.
+        os.replace(path, paths[0].with_name("ckpt.pt"))
+        return checkpoint
+    if paths:
+        raise UserError(f"no checkpoint in {args.out} can be read: use --fresh")
+
+
+def start_log(out, checkpoint):
+    """Cut log.jsonl at the checkpoint -> its records; without one, remove an earlier run."""
+    path = out / "log.jsonl"
+    if not checkpoint:
+        for name in ("log.jsonl", "ckpt.pt", "ckpt-previous.pt", "best.pt", "report.html",
+                     "samples.png"):
+            (out / name).unlink(missing_ok=True)
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # a crash cuts lines
+    records = [record for record in records if record["step"] <= checkpoint["step"]]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
 
 
 def start_from(path, model, tokenizer):
-    """Load the weights of another run (--init); its captions may be shorter or longer, the rest has to be the same."""
+    """Load the weights of another run (--init). Raises UserError if it differs."""
     start, checkpoint = load_captioner(path)
-    weights, config, own = start.state_dict(), start.config, model.decoder.positions.detach()
-    old, new = ((c.size, c.image_size, c.objective == "clip") for c in (config, model.config))
-    if checkpoint["tokenizer"] != tokenizer or old != new:
-        raise UserError(f"--init {path} is a {config.size} ({config.objective}) for images of {config.image_size} px, "
-                        f"tokenizer {checkpoint['tokenizer']['name']}: this run has to be the same")
-    weights["decoder.positions"] = torch.cat([weights["decoder.positions"], own[config.max_tokens:]])[:len(own)]
-    model.load_state_dict(weights)
+    if checkpoint["tokenizer"] != tokenizer or start.config != model.config:
+        raise UserError(f"--init {path} is a {start.config}, tokenizer "
+                        f"{checkpoint['tokenizer']['name']}: {model.config} has to be the same")
+    model.load_state_dict(start.state_dict())
 
 
-def main():
-    """Configuration, data, model, optimizer, loop, report: one after the other."""
-    started = time.time()
-    keep_memory()
-    args, preset = parse_args()
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
-                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device, dtype, reason = find_device(args.device, args.dtype, local_rank)
-    args.dtype, out = str(dtype).removeprefix("torch."), Path(args.out)
-    cuda, clip = device.type == "cuda", args.objective == "clip"
-    if world > 1:                                                 # gloo too: what is said about steps needs no GPU
-        store, *_ = next(dist.rendezvous("env://"))               # after a restart it still has the dead's addresses
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    out.mkdir(parents=True, exist_ok=True)
+# ---- stages of main
+def log(run, record):
+    if run.ddp.rank == 0:
+        run.records.append(record)
+        with open(run.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
 
-    # data
-    print_main(f"nanoMDC: {OBJECTIVES[args.objective]} on {args.dataset} -> {out}\n{reason}\npreset "
-               f"{args.dataset if args.dataset in PRESETS else 'cc3m'}: "
-               + ", ".join(f"{name} {getattr(args, name)}" for name in preset if getattr(args, name) is not None))
+
+def save(run, name):
+    if run.ddp.rank == 0:
+        save_checkpoint(run.out / name, dict(
+            model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), step=run.step,
+            best=run.best, seconds=time.time() - run.started, config=vars(run.model.config),
+            options=vars(run.args), lengths=dict(run.lengths), shards=run.train.digest,
+            tokenizer=run.train.meta["tokenizer"]))
+
+
+def open_data(args):
+    """Training and validation shards; completes --image-size, --tokenizer. Raises UserError."""
+    folder = Path(args.data_dir) / args.dataset
+    preset = DATASETS.get(args.dataset, {})
+    size = args.image_size or preset.get("image_size")
     for split in ("train", "val") if args.dataset == "shapes" else ():
-        if not (Path(args.data_dir) / "shapes" / split / "meta.json").exists():
-            what = "waiting for the first process, which draws" if rank else "drawing"
-            print(f"{what} the embedded data set, split {split}, into {args.data_dir}/shapes (once)", flush=True)
-            data.prepare("shapes", split, args.data_dir, image_size=args.image_size, tokenizer=args.tokenizer)
-    train, val = (open_split(args.data_dir, args.dataset, split) for split in ("train", "val"))
-    for made in (train.meta, val.meta):
-        if made["tokenizer"] != train.meta["tokenizer"] or made["tokenizer"]["name"] != args.tokenizer or \
-                made["image_size"] < args.image_size:
-            raise UserError(f"{args.data_dir}/{args.dataset} has shards of {made['tokenizer']['name']} tokens, up to "
-                            f"{made['image_size']} px, this run wants {args.tokenizer} and {args.image_size} px: make "
-                            "both splits again, data.py --fresh --tokenizer ... --image-size ...")
-    train.rows = train.rows[:args.pairs]
-    args.steps = args.steps or max(1, round(args.epochs * len(train) / args.batch_size))
-    if args.encoder_start >= args.steps and not args.bench:
-        raise UserError(f"--encoder-start {args.encoder_start}: in {args.steps} steps the encoder would learn nothing; "
-                        "use --encoder-start 0, or a longer run")
-    if args.warmup >= args.steps and not args.bench:
-        print_main(f"warning: --warmup {args.warmup}: in {args.steps} steps the learning rate never reaches its peak")
-    accumulation = split_batch(args.batch_size, world, args.micro_batch, clip)
-    lengths = Counter()                                           # of the captions as they are trained on, cut
-    for length, count in train.lengths.items():
-        lengths[min(length, args.max_tokens)] += count
-    mean_length = sum(n * count for n, count in lengths.items()) / lengths.total()
-    print_main(f"{len(train):,} training images, {len(val):,} for validation; captions of {mean_length:.1f} tokens on "
-               f"average; {args.steps:,} steps of {args.batch_size} images, {args.captions_per_image} captions each: "
-               f"{args.steps * args.batch_size / len(train):.1f} epochs")
+        if not (folder / split / "meta.json").exists():  # one process draws, others wait
+            print0(f"drawing synthetic images into {folder / split}")
+            data.prepare("shapes", split, args.data_dir, image_size=size,
+                         tokenizer=args.tokenizer or preset["tokenizer"])
+    train = open_split(args.data_dir, args.dataset, "train")
+    val = open_split(args.data_dir, args.dataset, "val")
+    largest = min(train.meta["image_size"], val.meta["image_size"])
+    args.image_size = size or largest
+    tokenizers = [split.meta["tokenizer"]["name"] for split in (train, val)]
+    args.tokenizer = args.tokenizer or tokenizers[0]
+    problem = None
+    if args.tokenizer != tokenizers[0] or val.meta["tokenizer"] != train.meta["tokenizer"]:
+        problem = f"tokens of {tokenizers}, not {args.tokenizer}: leave out --tokenizer"
+    elif args.image_size > largest:
+        problem = f"images for {largest} px, not {size}: train with --image-size {largest}"
+    if problem:
+        raise UserError(f"{folder} has {problem}, or make both splits again with data.py --fresh")
+    return train.subset(args.pairs, args.seed) if args.pairs else train, val
 
-    # model and optimizer
-    config = Config(args.model, args.image_size, train.tokenizer.n_vocab, args.max_tokens, train.tokenizer.eot_token,
-                    args.pads, args.positions, args.objective if args.objective in ("ar", "clip") else "mdc")
-    found = [*find_checkpoint(args, train.digest), (out / "final.json").exists()] if rank == 0 else [None] * 3
-    if world > 1:                                                 # the first process decides, the others need no disk
+
+def open_output(run):
+    """Reserve OUT -> the checkpoint to continue or None. Raises UserError."""
+    found = [None]
+    if run.ddp.rank == 0:  # the others need no disk
+        try:
+            run.out.mkdir(parents=True, exist_ok=True)
+            run.lock = data.lock(run.out)  # until this process ends
+            found = [find_checkpoint(run.args, run.train.digest)]
+            run.records = start_log(run.out, found[0])
+        except (UserError, OSError) as problem:
+            found = [problem]
+    if run.ddp.world > 1:
         dist.broadcast_object_list(found, device=torch.device("cpu"))
-    checkpoint, refused, finished = found
-    if refused:
-        raise UserError(refused) if rank == 0 else SystemExit(2)
-    first, best, before = map(checkpoint.get, ("step", "best", "seconds")) if checkpoint else (0, math.inf, 0.0)
-    started -= before
-    if first == args.steps and finished:
-        print_main(f"this run is finished ({args.steps:,} steps); --fresh starts over")
-        return print_end(args) if rank == 0 else None
+    if isinstance(found[0], Exception):
+        raise found[0] if run.ddp.rank == 0 else SystemExit(2)
+    return found[0]
+
+
+def start_model(run, checkpoint):
+    """Build the model: continued from a checkpoint, from --init, or new."""
+    args, train = run.args, run.train
+    objective = args.objective if args.objective in ("ar", "clip") else "mdc"
+    config = Config(args.model, args.image_size, train.tokenizer.n_vocab, args.max_tokens,
+                    train.tokenizer.eot_token, objective)
     try:
-        model = Captioner(config)
+        model = build_model(config)
     except ValueError as problem:
         raise UserError(problem) from None
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     elif args.init:
         start_from(args.init, model, train.meta["tokenizer"])
-    elif not clip:                    # start at the words' frequencies: learning them alone would take many steps
-        captions = [ids[:args.max_tokens] for i in range(min(len(train), 10_000)) for ids in train.captions(i)]
-        counts = torch.from_numpy(np.bincount(np.concatenate(captions), minlength=config.vocab_size) + 1)
-        counts[config.eos] += (args.pads == "eos") * sum(args.max_tokens - len(ids) for ids in captions)
-        model.decoder.head.bias.data = (counts / counts.sum()).log().float()
-    model.to(device)
-    groups = []                                                   # the encoder may start later than the rest
-    for part, start in ((True, args.encoder_start), (False, 0)):
-        for matrix, decay in ((True, args.weight_decay), (False, 0.0)):
-            groups.append({"weight_decay": decay, "start": start, "params": [
-                p for name, p in model.named_parameters() if p.requires_grad and (p.ndim > 1) == matrix and
-                name.startswith("encoder.") == part]})
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=device.type != "mps")
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    use_compile = args.compile == "on" or (args.compile == "auto" and cuda)
-    millions = [sum(p.numel() for p in part) / 1e6 for part in (
-        model.encoder.parameters(), model.parameters(), (p for group in groups[::2] for p in group["params"]))]
-    print_main("{}: {:.2f} M parameters in the encoder, {:.2f} M in all; weight decay on {:.2f} M; torch.compile {}"
-               .format(args.model, *millions, "on" if use_compile else "off"))
-    if use_compile:
-        torch._dynamo.config.optimize_ddp = False                 # it would cut large blocks in two
-        for block in [*model.encoder.blocks, *model.decoder.blocks]:
-            block.compile()                                       # in place: one graph for all layers of a part
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    elif args.objective != "clip":
+        # Start at the word frequencies: learning them would take many steps.
+        captions = [ids for i in range(min(len(train), 10_000)) for ids in train.captions(i)]
+        counts = 0.1 + np.bincount(np.concatenate(captions), minlength=config.vocab_size)
+        frequencies = torch.from_numpy(counts / counts.sum())
+        model.decoder.head.bias.data[:config.vocab_size] = frequencies.log()
+    return model.to(run.device)
 
-    # batches: everything random about them is decided in the loader, by (seed, step, place in the global batch)
-    view = functools.partial(diffusion.training_batch, objective=args.objective, ratios=args.ratios,
-                             schedule=args.schedule)
-    same = {name: getattr(args, name) for name in ("image_size", "max_tokens", "seed", "pads")}
-    ask = functools.partial(view, batch_size=args.batch_size * args.captions_per_image, flat=args.weight == "flat",
-                            mean_length=args.max_tokens if args.pads == "eos" else mean_length)
-    batches = Batches(train, args.batch_size, crop_scale=args.crop_scale, flip=args.flip, accumulation=accumulation,
-                      captions=args.captions_per_image, transform=ask, rank=rank, world=world, **same)
-    size = max(2, min(EVAL_BATCH, len(val)))
-    ask_for_sums = functools.partial(view, batch_size=size, mean_length=1 / size)            # of nats, no means
-    checks = Batches(val, size, augment=False, transform=ask_for_sums, **same)
-    eval_count = min(EVAL_BATCHES, (len(val) + size - 2) // size)                 # a single image cannot be exchanged
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = args.workers if args.workers is not None else max(1, min(16, cores)) if cuda else 0
-    loader = functools.partial(torch.utils.data.DataLoader, batch_size=None, num_workers=workers, pin_memory=cuda)
-    stopped = []                                                  # signals; a second one ends the run at once
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: (stopped.append(number), signal.signal(number, signal.SIG_DFL)))
-    stream = iter(loader(batches, sampler=range(first * accumulation, args.steps * accumulation)))
-    if args.bench == "repeat":
-        stream = itertools.repeat(next(stream))
-    if not checkpoint:
-        print_main(show_example(batches[0], train.tokenizer, args.objective))
 
-    # loop
-    log_file, machine = out / "log.jsonl", f"{platform.machine()}, {reason}"
-    images = checks[0]["images"][:SHOWN] if eval_count else []
-    given = [decode_caption(val.tokenizer, val.captions(i)[0]) for i in range(len(images))]
-    if rank == 0 and not args.bench:
-        kept = log_file.read_text().splitlines() if checkpoint and log_file.exists() else []
-        kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= first]
-        log_file.write_text("".join(f"{line}\n" for line in kept))
-        for name in ("final.json", *(() if checkpoint else ("ckpt.pt", "ckpt-previous.pt", "best.pt"))):
-            (out / name).unlink(missing_ok=True)
+def make_optimizer(model, args):
+    """AdamW with weight decay on matrices only, as in nanoGPT."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.98), fused=True)
 
-    def log(record):
-        if rank == 0 and not args.bench:
-            with open(log_file, "a") as file:
-                file.write(json.dumps(record) + "\n")
 
-    def save(name, step):
-        if rank == 0:
-            save_checkpoint(out / name, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-                "seconds": time.time() - started,
-                "config": asdict(config), "options": vars(args), "lengths": dict(lengths),
-                "tokenizer": train.meta["tokenizer"], "shards": train.digest})
+def compile_blocks(model):
+    """Compile the transformer blocks in place: one graph serves all layers of a part."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut large blocks in two
+    text = model.decoder if isinstance(model, Captioner) else model.text
+    for block in [*model.encoder.blocks, *text.blocks]:
+        block.compile()
 
-    @torch.compiler.set_stance("force_eager")                     # graphs for a few batches do not pay
-    def validate(step):
-        """Evaluate, tell, keep the best, and bring report.html up to date; returns the figures."""
-        nonlocal best
-        mine = range(rank, eval_count, world)
-        own = loader(checks, sampler=mine, num_workers=min(workers, len(mine)))
-        figures = evaluate(model, own, device, autocast, rank, world)
-        if figures["val_loss"] < best:
-            best = figures["val_loss"]
-            save("best.pt", step)
-        print_main(f"step {step:6,}  validation: " + ", ".join(
-            f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float)))
-        if rank == 0:
-            captions = [] if clip else captions_of(model, images, choose_lengths(lengths, len(images)), val.tokenizer)
-            log({"step": step, "event": "eval", "captions": captions} | figures)
-            write_page("report.html", out / "report.html", {
-                "title": out.name, "command": shlex.join(["python", *sys.argv]), "machine": machine, "given": given,
-                "records": [json.loads(line) for line in log_file.read_text().splitlines()],
-                "images": [data_uri(image) for image in images]})
-        return figures
 
-    card = torch.cuda.get_device_name() if cuda else ""
-    bar = tqdm(total=args.steps, initial=first, unit="step", dynamic_ncols=True,
-               disable=rank > 0 or not sys.stderr.isatty())
-    total, broken = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
-    work, waited, since, since_step = 0, 0.0, time.time(), first
-    for step in range(first, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, args.lr, args.warmup, args.steps, group["start"])
+def leave_group(_):
+    """Ctrl-C and `timeout` signal a whole process group; loaders live on to the checkpoint."""
+    os.setpgid(0, 0)
+
+
+def load(run, batches, items):
+    """Yield masked batches on the device."""
+    loader = torch.utils.data.DataLoader(
+        batches, None, sampler=items, num_workers=min(run.args.workers, len(items)),
+        pin_memory=run.device.type == "cuda", worker_init_fn=leave_group)
+    for batch in loader:
+        batch = add_masks(batch, run.args.objective, run.args.times, run.args.schedule)
+        yield to_device(batch, run.device)
+
+
+@torch.compiler.set_stance("force_eager")  # graphs for a few batches do not pay
+def validate(run):
+    """Evaluate, keep the best checkpoint, renew report.html -> figures, or {}."""
+    if len(run.val) < 2:  # no image to exchange
+        return {}
+    args, model, ddp = run.args, run.model, run.ddp
+    # In random order: a batch exchanges its images, and neighbours may be similar.
+    val = run.val.subset(min(len(run.val), EVAL_IMAGES), seed=0)
+    count = math.ceil(len(val) / EVAL_BATCH)
+    size = math.ceil(len(val) / count)
+    batches = Batches(val, size, args.image_size, args.max_tokens, args.seed, augment=False)
+    masked = load(run, batches, range(ddp.rank, count, ddp.world))
+
+    model.eval()
+    if args.objective == "clip":
+        figures = evaluate_clip(model, masked, ddp, run.autocast)
+    else:
+        figures = evaluate_captioner(model, masked, args, ddp, run.autocast)
+    if figures["val_loss"] < run.best:
+        run.best = figures["val_loss"]
+        save(run, "best.pt")
+    print0(f"step {run.step:6,}  validation loss {figures['val_loss']:.4f}")
+
+    if ddp.rank == 0:
+        images = batches[0]["images"][:8]
+        captions = []
+        if args.objective != "clip":
+            length = choose_lengths(run.lengths, len(images))
+            captions = captions_of(model, images, length, val.tokenizer)
+        log(run, dict(figures, step=run.step, event="eval", captions=captions))
+        given = [decode_caption(val.tokenizer, val.captions(i)[0]) for i in range(len(images))]
+        page = dict(title=run.out.name, command=shlex.join(["python", *sys.argv]), given=given,
+                    machine=run.machine, records=run.records, images=[*map(data_uri, images)])
+        write_page("report.html", run.out / "report.html", page)
+    model.train()
+    return figures
+
+
+def log_progress(run, sums, norm, lr):
+    """Print and log the figures since the last line; `sums` has its step and time."""
+    args, world = run.args, run.ddp.world
+    steps = run.step - sums["step"]
+    elapsed = time.time() - sums["start"]
+    record = dict(loss=sum(gather([float(sums["loss"])], world)) / steps, grad_norm=float(norm),
+                  lr=lr, images_per_s=steps * args.batch_size / elapsed,
+                  data_wait=sums["wait"] / elapsed, tflops=sums["flops"] * world / elapsed / 1e12)
+    if run.device.type == "cuda" and torch.cuda.get_device_name() in PEAKS:
+        record["mfu"] = sums["flops"] / elapsed / PEAKS[torch.cuda.get_device_name()]
+    record["minutes_left"] = (args.steps - run.step) * elapsed / steps / 60
+    figures = "  ".join(f"{name} {value:<7.4g}" for name, value in record.items())
+    print0(f"step {run.step:6,}/{args.steps:,}  {figures}")
+    log(run, dict(record, step=run.step))
+
+
+def train_loop(run, wrapped, batches, accumulation):
+    """Optimize until --steps; SIGTERM and Ctrl-C end the run after a checkpoint."""
+    args, model, ddp = run.args, run.model, run.ddp
+    clip = args.objective == "clip"
+    # The loss is a mean over the tokens (clip: pairs) of an average batch: a constant, so
+    # no part of a batch has to know the others.
+    mean_length = sum(n * count for n, count in run.lengths.items()) / run.lengths.total()
+    total = args.batch_size * (1 if clip else mean_length)
+    stopped = []
+
+    def stop_later(number, _):
+        stopped.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the run at once
+
+    signal.signal(signal.SIGTERM, stop_later)
+    signal.signal(signal.SIGINT, stop_later)
+    sums = Counter(step=run.step, start=time.time())
+    while run.step < args.steps:
+        lr = get_lr(run.step, args.lr, args.warmup, args.steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
         for micro in range(accumulation):
             asked = time.time()
-            batch = next(stream)
-            waited += time.time() - asked
-            work += flops(config, len(batch["images"]), len(batch["rows"]), len(batch["where"])) * world
-            batch = to_device(batch, device)
-            # gradients travel with the last micro-batch only; DDP wants to know before the forward pass
-            with contextlib.nullcontext() if world == 1 or micro == accumulation - 1 else wrapped.no_sync():
-                with autocast:
-                    outputs = wrapped(*(batch[name] for name in INPUTS))
-                if clip:                                          # this process's part of the global batch's loss
-                    everyone = outputs
-                    if world > 1:
-                        everyone = [torch.cat(dist.nn.functional.all_gather(side)) for side in outputs]
-                    loss = diffusion.contrastive_loss(*outputs, *everyone, first=rank * len(outputs[0]))
-                else:
-                    loss = (outputs * batch["weight"]).sum()
-                (loss * world).backward()                         # DDP takes the mean over processes, we want the sum
-            total += loss.detach()
+            batch = next(batches)
+            sums["wait"] += time.time() - asked
+            B = len(batch["images"])
+            predicted = 0 if clip else len(batch["where"])
+            sums["flops"] += flops(model.config, B, B * mean_length, predicted)
+            # DDP averages gradients after the last micro-batch; its forward pass prepares it.
+            wrapped.require_backward_grad_sync = micro == accumulation - 1
+            with run.autocast:
+                scale = model.log_scale.exp() if clip else None
+                loss = step_loss(wrapped, batch, args.objective, args.schedule, scale, ddp)
+                loss = loss / total
+            # DDP takes the mean over processes; the loss of the batch is their sum.
+            (loss * ddp.world).backward()
+            sums["loss"] += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        broken = torch.where((broken == 0) & ~norm.isfinite(), step + 1, broken)      # on the device: no waiting
-        optimizer.step()
-        optimizer.zero_grad()
-        if clip:                                                  # the inverse temperature is at most 100
-            model.log_scale.data.clamp_(max=math.log(100))
-        done = step + 1
-        bar.update()
+        sums["broken"] += ~norm.isfinite()  # on the device, not to wait for every step
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if clip:
+            model.log_scale.data.clamp_(max=math.log(100))  # as CLIP
+
+        run.step += 1
         stop = torch.tensor(max(stopped, default=0))
-        if world > 1:                                             # all processes agree on the step
+        if ddp.world > 1:  # all processes stop after the same step
             dist.all_reduce(stop, dist.ReduceOp.MAX)
-        save_now = not args.bench and (done % args.save_every == 0 or done == args.steps or stop)
-        if done % args.log_every == 0 or save_now:                # before a save, so that no broken state is saved
-            if broken > 0:
-                raise UserError(f"the gradient of step {int(broken):,} is not finite; the last checkpoint in {out} is "
-                                "from before it: try a smaller --lr with --fresh")
-            steps, elapsed = done - since_step, time.time() - since
-            record = {"step": done, "loss": sum(gather([float(total)], world)) / steps, "grad_norm": float(norm),
-                      "lr": optimizer.param_groups[-1]["lr"], "images_per_s": steps * args.batch_size / elapsed,
-                      "data_wait": waited / elapsed, "tflops": work / elapsed / 1e12}
-            record |= {"mfu": work / elapsed / world / PEAKS[card]} if card in PEAKS else {}
-            log(record)
-            print_main(f"step {done:6,}/{args.steps:,}  loss {record['loss']:7.4f}  lr {record['lr']:.2e}  "
-                       f"grad {record['grad_norm']:6.3f}  {record['images_per_s']:7.1f} img/s  "
-                       f"wait {record['data_wait']:5.1%}  {record['tflops']:7.2f} TFLOP/s  "
-                       + (f"MFU {record['mfu']:5.1%}  " if card in PEAKS else "")
-                       + f"left {(args.steps - done) * elapsed / steps / 60:5.1f} min")
-            total, work, waited, since_step = torch.zeros_like(total), 0, 0.0, done
-            since = time.time()
-        paused = time.time()
-        if args.eval_every and done % args.eval_every == 0 and done < args.steps and eval_count and not stop:
-            validate(done)
-        if save_now:
-            save("ckpt.pt", done)
-        since += time.time() - paused
-        if stop and not args.bench:
-            print_main(f"stopped after step {done:,} and saved; the same command goes on from there")
+        ends = run.step == args.steps or stop > 0
+        saves = ends or run.step % args.save_every == 0
+        validates = args.eval_every and run.step % args.eval_every == 0 and not ends
+        if not (saves or validates or run.step % args.log_every == 0):
+            continue
+        if sums["broken"] > 0:  # once not finite, always
+            first = run.step + 1 - int(sums["broken"])
+            raise UserError(f"the gradient of step {first} is not finite, and nothing was saved "
+                            "since: use --fresh with a smaller --lr")
+        log_progress(run, sums, norm, lr)
+        if validates:
+            validate(run)
+        if saves:
+            save(run, "ckpt.pt")
+        if stop:
+            print0(f"stopped after step {run.step:,} and saved; the same command continues")
             sys.exit(128 + int(stop))
-    bar.close()
-    if args.bench:
-        rate, achieved = matmul_rate(device, dtype), record["tflops"] * 1e12 / world
-        return print_main(f"last {steps} steps: {achieved / 1e12:.2f} TFLOP/s a process (pads and unmasked logits not "
-                          f"counted), {achieved / rate:.1%} of the {rate / 1e12:.2f} TFLOP/s of a matrix product here")
-    # report
-    figures = validate(args.steps) if eval_count else {}
-    if rank == 0:
-        model.eval()
+        sums = Counter(step=run.step, start=time.time())
+
+
+def finish(run):
+    """Validate, draw samples.png, print the result."""
+    args = run.args
+    record = dict(validate(run), step=run.step, event="final", machine=run.machine)
+    if run.ddp.rank > 0:
+        return
+    if "wrong_image" in record:
+        run.model.eval()
         with torch.compiler.set_stance("force_eager"):
-            figures |= report(model, val, args.seed, lengths, out / "samples.png") if len(val) and not clip else {}
-        figures |= {"minutes": (time.time() - started) / 60, "machine": machine}
-        record = {"step": args.steps, "event": "final"} | figures
-        log(record)
-        (out / "final.json").write_text(json.dumps(record))
-        print_end(args)
-    if world > 1:
+            record |= report(run.model, run.val, args.seed, run.lengths, run.out / "samples.png")
+        print(("\nvalidation loss {val_loss:.4f} nats per token; a wrong image costs "
+               "{wrong_image:.3f} ± {wrong_image_se:.3f} more\n"
+               "visual gain {visual_gain:.3f} ± {visual_gain_se:.3f} nats per caption, "
+               "at most {most:.3f}").format(most=math.log(EXCHANGES + 1), **record))
+    if "exact" in record:
+        print(f"{record['exact']:.1%} of the validation captions are exactly right")
+    record["minutes"] = (time.time() - run.started) / 60
+    log(run, record)
+    print(f"{record['minutes']:.1f} minutes; look at {args.out}/report.html\nnext:")
+    ckpt = f"--ckpt {shlex.quote(args.out)}/ckpt.pt --dataset"
+    if args.objective != "clip":
+        folder = shlex.quote(args.data_dir)
+        print(f"  python sample.py {ckpt} {args.dataset} --data-dir {folder} --trace --count 3")
+    labelled = "shapes" if args.dataset == "shapes" else "cifar10 --source raw/cifar10"
+    print(f"  python probe.py {ckpt} {labelled}")
+
+
+def main():
+    started = time.time()
+    keep_memory()  # before the first tensor
+    args = parse_args()
+    ddp = find_processes()
+    device, reason = find_device(args, ddp.local_rank)
+    if ddp.launched:
+        connect(device.type == "cuda")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    if args.workers is None:
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = min(16, cores) if device.type == "cuda" else 0
+
+    # data
+    train, val = open_data(args)
+    accumulation = split_batch(args.batch_size, ddp.world, args.micro_batch,
+                               args.objective == "clip")
+    args.steps = args.steps or max(1, round(args.epochs * len(train) / args.batch_size))
+    lengths = Counter()
+    for length, count in train.lengths.items():
+        lengths[min(length, args.max_tokens)] += count
+    print0(f"{args}\n{reason}\n{len(train):,} training and {len(val):,} validation images, "
+           f"{args.steps * args.batch_size / len(train):.1f} epochs")
+    if len(val) < 2:
+        print0("warning: too few validation images")
+    if args.warmup >= args.steps:
+        print0(f"warning: --warmup {args.warmup} is longer than the run")
+
+    # output and model
+    run = argparse.Namespace(
+        args=args, ddp=ddp, device=device, autocast=autocast, machine=reason, train=train, val=val,
+        lengths=lengths, out=Path(args.out), step=0, best=math.inf, started=started)
+    checkpoint = open_output(run)
+    model = run.model = start_model(run, checkpoint)
+    run.optimizer = make_optimizer(model, args)
+    if checkpoint:
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        run.step = checkpoint["step"]
+        run.best = checkpoint["best"]
+        run.started -= checkpoint["seconds"]
+        if run.step == args.steps:
+            print0("this run is finished; --fresh starts over")
+    if args.compile == "on":
+        compile_blocks(model)
+    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    wrapped = model
+    if ddp.launched:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    # batches: order, crops and noise are functions of (seed, place): resuming needs no state
+    batches = Batches(train, args.batch_size, args.image_size, args.max_tokens, args.seed, True,
+                      args.crop_scale, args.flip, ddp.rank, ddp.world, accumulation)
+    if not checkpoint:
+        example = add_masks(batches[0], args.objective, args.times, args.schedule)
+        tokens, mask, valid = example["tokens"][0], example["mask"][0], example["valid"][0]
+        ratio = float(mask.sum() / valid.sum()) if "t" in example else None
+        print0(show_example(tokens, mask, valid, train.tokenizer, args.objective, ratio))
+
+    # optimization
+    items = range(run.step * accumulation, args.steps * accumulation)
+    train_loop(run, wrapped, load(run, batches, items), accumulation)
+    finish(run)
+    if ddp.launched:
+        del wrapped  # if it left the group last, the process could hang
         dist.barrier()
         dist.destroy_process_group()
-
-
-def print_end(args):
-    """What was reached, and the commands to type next."""
-    record = json.loads((Path(args.out) / "final.json").read_text())
-    if "gain" in record:
-        print_main(f"\nvalidation loss {record['val_loss']:.4f} nats per token; with exchanged images "
-                   f"{record['gain']:.3f} ± {record['gain_se']:.3f} more")
-    if "exact" in record:
-        print_main(f"{record['exact']:.1%} of the held-out captions are exactly right, every word of them")
-    what = f"--ckpt {args.out}/ckpt.pt"
-    labelled = "shapes" if args.dataset == "shapes" else "cifar10 --source raw/cifar10"
-    use = '--score "a dog" "a red circle" photo.jpg' if args.objective == "clip" else \
-        f"--dataset {args.dataset} --split val --trace --count 3"
-    print_main(f"{record['minutes']:.1f} minutes; look at {args.out}/report.html and samples.png\nnext:\n"
-               f"  python sample.py {what} {use}\n  python probe.py {what} --dataset {labelled}")
 
 
 if __name__ == "__main__":

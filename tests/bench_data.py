@@ -41,7 +41,7 @@ def pictures(short_side):
     photographs = itertools.cycle([None])
     if "MDC_TEST_DATA" in os.environ:
         tar = Path(os.environ["MDC_TEST_DATA"], "flickr8k-train-00000.tar")
-        files = data.read_samples(["tar", tar], data.MAX_BYTES, data.Counter(), None)
+        files = data.read_samples(("tar", tar), data.MAX_BYTES, data.Counter())
         photographs = itertools.cycle([files["jpg"] for _, files, _ in itertools.islice(files, 256)])
     size = (short_side * 4 // 3, short_side)
     grain = rng.normal(0, 6, (short_side + 64, size[0] + 64, 1))
@@ -91,7 +91,7 @@ def prepare(folder, name):
 def stored(shards, i):
     """The bytes of an image in a shard."""
     _, shard, start, size, *_ = shards.record(i)
-    return shards._read(f"{shard:05d}.shard", start, size).tobytes()
+    return shards.read(f"{shard:05d}.shard", start, size).tobytes()
 
 
 def decode_and_crop(jpeg):
@@ -99,11 +99,7 @@ def decode_and_crop(jpeg):
     rng = np.random.default_rng(len(jpeg))
     image = Image.open(io.BytesIO(jpeg))
     image.draft("RGB", (int(SIDE / SCALE**0.5),) * 2)
-    (width, height), shape = image.size, np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
-    area = width * height * rng.uniform(SCALE, 1)
-    w, h = min(width, (area * shape) ** 0.5), min(height, (area / shape) ** 0.5)
-    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    box = (left, top, left + w, top + h)
+    box = data.random_crop_box(image.size, SCALE, rng)
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
 
 
@@ -217,7 +213,7 @@ def bench_webdataset_2x():
 def bench_prepare():
     """data.py, tars to shards, of bare decode + resize + encode in as many processes: goal 0.85."""
     folder, _ = material()
-    files = [data.read_samples(["tar", tar], data.MAX_BYTES, data.Counter(), None) for tar in folder.glob("large/*")]
+    files = [data.read_samples(("tar", tar), data.MAX_BYTES, data.Counter()) for tar in folder.glob("large/*")]
     jpegs, names = [files["jpg"] for _, files, _ in itertools.chain(*files)], itertools.count()
     peer = bare(decode_and_encode, jpegs, WORKERS)
     functions = {"ours": (lambda _: prepare(folder, f"again{next(names)}"), idle), "bare": (peer, idle)}
@@ -234,19 +230,19 @@ def pretend(folder, target, times):
     """A split whose shards are `times` links to those of another."""
     target.mkdir(parents=True)
     meta, rows = json.loads((folder / "meta.json").read_text()), np.fromfile(folder / "samples.bin", data.RECORD)
-    shards = {name: file for name, file in meta["files"].items() if name != "samples.bin"}
-    every, files = [], {}
+    shards = {name: size for name, size in meta["bytes"].items() if name != "samples.bin"}
+    every, sizes = [], {}
     for number in range(times * len(shards)):
         name = f"{number:05d}.shard"
         os.link(folder / f"{number % len(shards):05d}.shard", target / name)
-        files[name] = shards[f"{number % len(shards):05d}.shard"]
+        sizes[name] = shards[f"{number % len(shards):05d}.shard"]
         if number % len(shards) == 0:
             copy = rows.copy()
             copy["shard"] += number
             every.append(copy)
     np.concatenate(every).tofile(target / "samples.bin")
-    files["samples.bin"] = {"bytes": os.path.getsize(target / "samples.bin"), "sha256": ""}
-    meta |= {"samples": times * len(rows), "held_out": 0, "files": files}
+    sizes["samples.bin"] = os.path.getsize(target / "samples.bin")
+    meta |= {"samples": times * len(rows), "held_out": 0, "bytes": sizes}
     (target / "meta.json").write_text(json.dumps(meta))
     return data.Shards(target)
 
@@ -274,9 +270,8 @@ def bench_opening():
     for name, size in [("samples.bin", samples * data.RECORD.itemsize), *((name, 1 << 27) for name in names)]:
         with open(target / name, "wb") as file:
             file.truncate(size)
-    files = {name: {"bytes": 1 << 27, "sha256": "0" * 64} for name in names}
-    files["samples.bin"] = {"bytes": samples * data.RECORD.itemsize, "sha256": ""}
-    meta = shards.meta | {"samples": samples, "held_out": 50_000, "files": files}
+    sizes = dict.fromkeys(names, 1 << 27) | {"samples.bin": samples * data.RECORD.itemsize}
+    meta = shards.meta | {"samples": samples, "held_out": 50_000, "bytes": sizes}
     data.write_json(target / "meta.json", meta)
     before, start = anonymous_mb(), time.perf_counter()
     split = data.Shards(target)

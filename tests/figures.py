@@ -30,9 +30,10 @@ def draw_method(path):
     """A drawing of `shapes` and its caption, masked by diffusion.mask_tokens at stratified times, with the weights."""
     image, caption = data.draw_shapes(SEED, 256)
     words = [*caption.split(), "end"]
-    times = diffusion.stratified_times(0.5, torch.arange(ROWS), ROWS).sort().values
+    times = diffusion.stratified_times(0.5, torch.arange(ROWS) / ROWS).sort().values
+    ratios, weights = diffusion.linear(times)
     noise = torch.rand(len(words), generator=torch.Generator().manual_seed(SEED)).expand(ROWS, -1)
-    masks = diffusion.mask_tokens(noise, times, torch.ones(ROWS, len(words), dtype=torch.bool))
+    masks = diffusion.mask_tokens(noise, torch.ones(ROWS, len(words), dtype=torch.bool), ratios)
     parts, lefts, dark, grey = [], [], "#1c2330", "#5b6472"
     widths = [8.2 * len(word) + 14 for word in words]
     for i in range(len(words)):
@@ -53,7 +54,7 @@ def draw_method(path):
         text(x, 36, name, grey, 13)
     for word, left, w in zip(words, lefts, widths, strict=True):
         text(left + w / 2, top - 26, word, more='text-anchor="middle"')
-    for t, weight, mask, y in zip(times, diffusion.weight(times), masks, range(top, height, row_height), strict=False):
+    for t, weight, mask, y in zip(times, weights, masks, range(top, height, row_height), strict=False):
         text(200, y + 20, f"{t:.2f}")
         for word, left, w, masked in zip(words, lefts, widths, mask, strict=True):
             box(left, y, w, 30, "#2f6fde" if masked else "#f1f3f6", "" if masked else 'stroke="#d9dde4"')
@@ -71,13 +72,14 @@ def draw_method(path):
 def read_run(folder):
     """A run's folder -> (its last record, its options)."""
     _, checkpoint = sample.load_captioner(folder / "ckpt.pt")
-    return json.loads((folder / "final.json").read_text()), checkpoint["options"]
+    return json.loads((folder / "log.jsonl").read_text().splitlines()[-1]), checkpoint["options"]
 
 
 def draw_positions(panels, path):
     """The paper's argument as a figure: of each data set a panel with a curve for each model.
 
-    panels {data set: [(name, by_position)]}, by_position [[gain, standard error, captions], ...], from final.json.
+    panels {data set: [(name, by_position)]}, by_position [[wrong_image, its standard error, captions], ...], from
+    the last record of log.jsonl.
     """
     import matplotlib.pyplot as plt
 
@@ -86,8 +88,8 @@ def draw_positions(panels, path):
         for number, (name, positions) in enumerate(runs):
             shift = 1 + 0.12 * (number - (len(runs) - 1) / 2)
             kept = [(i + shift, *entry[:2]) for i, entry in enumerate(positions) if entry[2] >= LEAST_CAPTIONS]
-            x, gain, error = zip(*kept, strict=True)
-            axes.errorbar(x, gain, error, fmt="o-", ms=4, lw=1, capsize=3, label=name)
+            x, cost, error = zip(*kept, strict=True)
+            axes.errorbar(x, cost, error, fmt="o-", ms=4, lw=1, capsize=3, label=name)
         axes.axhline(0, color="grey", lw=0.8)
         axes.set(xlabel="token position in the caption", title=data_set)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -96,7 +98,7 @@ def draw_positions(panels, path):
             axes.set_xticks(range(1, len(words) + 1), words, rotation=30, ha="right")
         axes.grid(alpha=0.3)
         axes.legend()
-    columns[0, 0].set(ylabel="loss with exchanged image\nminus with the right one, nats")
+    columns[0, 0].set(ylabel="cost of a wrong image, nats")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

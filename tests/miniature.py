@@ -3,9 +3,9 @@
     python tests/miniature.py              # half an hour on two cores; typed again it goes on where it stopped
 
 Every core has a run of its own, which is faster than one run on all of them. Writes out/miniature/results.jsonl, one
-line a run, and from it the table between the miniature marks of README.md and assets/miniature.png: (left) probe
-accuracy over BERT's masking ratio with MDC as a line, the paper's Fig. 4; (right) probe accuracy over the number of
-training pairs, its Fig. 5. Needs matplotlib (requirements-dev.txt).
+line a run, and from it a table, which it prints and puts between the miniature marks of README.md and tests/README.md,
+and assets/miniature.png: (left) probe accuracy over BERT's masking ratio with MDC as a line, the paper's Fig. 4;
+(right) probe accuracy over the number of training pairs, its Fig. 5. Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
@@ -71,7 +71,7 @@ def measure(name, options):
     command = [sys.executable, "train.py", *options]
     subprocess.run(command, cwd=ROOT, check=True)
     model, checkpoint = sample.load_captioner(OUT / name / "ckpt.pt")
-    final = json.loads((OUT / name / "final.json").read_text())
+    final = json.loads((OUT / name / "log.jsonl").read_text().splitlines()[-1])
     nats = None if model.config.objective == "clip" else nats_a_token(model, checkpoint)
     trained, floor = probe_encoder(OUT / name / "ckpt.pt")
     row = {"name": name, "nats": nats, "exact": final.get("exact"), "minutes": final["minutes"]}
@@ -85,7 +85,7 @@ def spread(values, digits=1, scale=1):
 
 
 def write_table(results):
-    """Markdown table into README.md."""
+    """Print the table in markdown, and put it between the marks where there are any."""
     tasks = list(results["mdc-0"]["probe"])
     lines = [
         f"| objective | nats per token | exact captions % | {' | '.join(tasks)} | minutes |",
@@ -100,12 +100,14 @@ def write_table(results):
         floors = [results[f"{objective}-{seed}"]["random"] for seed in range(3)]
         floors = " | ".join(spread([floor[task] for floor in floors]) for task in tasks)
         lines.append(f"| {name} | - | - | {floors} | - |")
-    readme = (ROOT / "README.md").read_text()
-    head, _, rest = readme.partition("<!-- miniature -->\n")
-    _, _, tail = rest.partition("<!-- end of miniature -->")
-    (ROOT / "README.md").write_text(
-        f"{head}<!-- miniature -->\n" + "\n".join(lines) + f"\n<!-- end of miniature -->{tail}"
-    )
+    table = "\n".join(lines) + "\n"
+    print(table)
+    for path in (ROOT / "README.md", ROOT / "tests" / "README.md"):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        head, begin, rest = text.partition("<!-- miniature -->\n")
+        _, end, tail = rest.partition("<!-- end of miniature -->")
+        if end:
+            path.write_text(head + begin + table + end + tail, encoding="utf-8")
 
 
 def draw_figures(results):

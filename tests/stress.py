@@ -227,7 +227,7 @@ def stress_mutate_files(folder, rng):
                 [(shards.image(i), shards.captions(i)) for i in range(len(shards))]
             else:
                 (folder / "bad.pt").write_bytes(damage(rng, checkpoint))
-                sample.load_captioner(folder / "bad.pt")
+                sample.load_captioner(folder / "bad.pt", "cpu")
         except data.UserError:
             pass
         except Exception as problem:

@@ -1,190 +1,281 @@
 """The mathematics of diffusion.py: identities, not shapes."""
 
+import ast
+import inspect
 import itertools
 import math
+import re
 
 import pytest
 import torch
+from conftest import ROOT
 
 import diffusion
+import train
+
+EXACT = ("linear", "cosine")  # the schedules whose weights follow from their masking ratios
 
 
 def all_masks(length):
     return torch.tensor(list(itertools.product([False, True], repeat=length)))
 
 
-def slope(alpha, t, step=1e-6):
-    return (alpha(t + step) - alpha(t - step)) / (2 * step)
+def slope(ratio, t, step=1e-6):
+    return (ratio(t + step) - ratio(t - step)) / (2 * step)
 
 
+# ---- schedules, times and masks
 @pytest.mark.parametrize("name", diffusion.SCHEDULES)
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.73, 0.999])
 def test_every_position_carries_the_same_expected_weight(name, t):
-    alpha, masks, t = diffusion.SCHEDULES[name], all_masks(4), torch.tensor(t, dtype=torch.float64)
-    probability = torch.where(masks, 1 - alpha(t), alpha(t)).prod(1)
-    expected = (probability[:, None] * diffusion.weight(t, alpha) * masks).sum(0)
-    torch.testing.assert_close(expected, -slope(alpha, t).expand(4), rtol=1e-6, atol=1e-9)
+    """By enumeration of all masks of four tokens: -alpha'_t, which is 1 at every t in the linear schedule."""
+    masks, t = all_masks(4), torch.tensor(t, dtype=torch.float64)
+    ratio, weight = diffusion.SCHEDULES[name](t)
+    probability = torch.where(masks, ratio, 1 - ratio).prod(1)
+    expected = (probability[:, None] * weight * masks).sum(0)
+    if name in EXACT:
+        alpha_slope = -slope(lambda t: diffusion.SCHEDULES[name](t)[0], t)
+        torch.testing.assert_close(expected, -alpha_slope.expand(4), rtol=1e-6, atol=1e-9)
     if name == "linear":
         torch.testing.assert_close(expected, torch.ones(4, dtype=torch.float64))
+    if name == "unweighted":
+        torch.testing.assert_close(expected, t.expand(4))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_token_weighs_one_on_average_over_all_times(name):
+    n = 4000
+    for low, high in ((0.0, 1.0), (0.3, 0.9)):
+        t = low + (high - low) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        ratio, weight = diffusion.SCHEDULES[name](t)
+        ends = [float(diffusion.SCHEDULES[name](torch.tensor(end, dtype=torch.float64))[0]) for end in (low, high)]
+        expected = (ends[1] - ends[0]) / (high - low)  # alpha(low) - alpha(high)
+        assert (ratio * weight).mean().item() == pytest.approx(expected, rel=1e-6)
+        assert low > 0 or expected == pytest.approx(1)
+
+
+def test_schedules_mask_nothing_at_first_and_everything_at_last():
+    for name, schedule in diffusion.SCHEDULES.items():
+        ratio, _ = schedule(torch.linspace(0, 1, 101, dtype=torch.float64))
+        assert ratio[0].item() == pytest.approx(0, abs=1e-12) and ratio[-1].item() == pytest.approx(1), name
+        assert (ratio.diff() > 0).all(), name
+    halfway = diffusion.cosine(torch.tensor(0.5))[0]
+    assert halfway.item() == pytest.approx(math.sqrt(0.5)), "half of the time above 71 %"
 
 
 @pytest.mark.parametrize("name", diffusion.SCHEDULES)
-def test_expected_weight_integrates_to_the_difference_of_alpha(name):
-    alpha, (low, high), n = diffusion.SCHEDULES[name], (0.3, 0.9), 4000
-    t = low + (high - low) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    mean = ((1 - alpha(t)) * diffusion.weight(t, alpha)).mean()
-    ends = [alpha(torch.tensor(end, dtype=torch.float64)) for end in (low, high)]
-    torch.testing.assert_close(mean, (ends[0] - ends[1]) / (high - low), rtol=1e-6, atol=0)
+def test_weights_are_finite_at_all_times_that_can_come_out(name):
+    for u in (0.0, 0.5, 1 - 2**-53):
+        t = diffusion.stratified_times(u, torch.arange(8) / 8, 0.0, 1.0)
+        _, weight = diffusion.SCHEDULES[name](t.float())
+        assert weight.isfinite().all() and (weight >= -1e-6).all()
 
 
-@pytest.mark.parametrize("name", diffusion.SCHEDULES)
-def test_a_ratio_is_a_ratio_in_every_schedule(name):
-    alpha = diffusion.SCHEDULES[name]
-    for ratio in (0.0, 1e-3, 0.25, 0.5, 0.9):
-        t = torch.tensor(diffusion.time_of(ratio, alpha), dtype=torch.float64)
-        assert 1 - alpha(t).item() == pytest.approx(ratio, abs=1.1e-5)
-    assert diffusion.time_of(1.0, alpha) == pytest.approx(1.0)
-    exact = {"linear": 0.3, "cosine": 1 - 2 / math.pi * math.acos(0.3)}
-    if name in exact:
-        assert diffusion.time_of(0.3, alpha) == pytest.approx(exact[name], abs=1e-12)
+def random_batch(B=40_000, T=4, u=0.3):
+    """What data.Batches gives for captions of four tokens."""
+    return {
+        "tokens": torch.zeros(B, T, dtype=torch.long),
+        "valid": torch.ones(B, T, dtype=torch.bool),
+        "noise": torch.rand(B, T, generator=torch.Generator().manual_seed(0)),
+        "u": torch.tensor(u, dtype=torch.float64),
+        "strata": torch.arange(B, dtype=torch.float64) / B,
+    }
 
 
-@pytest.mark.parametrize("name", diffusion.SCHEDULES)
-def test_weights_are_finite_and_need_no_backward_pass(name):
-    """Loader workers compute them; one forked after a backward pass on CUDA can run none, as here."""
-    alpha = diffusion.SCHEDULES[name]
-    with torch.inference_mode():
-        weight = diffusion.weight(torch.tensor([1e-9, 1e-6, 0.5, 1.0]), alpha)
-    assert weight.dtype == torch.float64 and weight.isfinite().all() and (weight >= 0).all()
+RANGES = [(0.0, 1.0), (0.5, 1.0), (0.2, 0.6)]
+POINTS = [(0.3, 0.3), (1.0, 1.0)]  # of bert and parallel, which are linear
 
 
-@pytest.mark.parametrize("w", [0.0, 0.5])
-def test_states_with_l_masks_weigh_as_derived(w):
-    L, steps = 5, 200_000  # integral over t by the midpoint rule
-    t = w + (1 - w) * (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-    law = diffusion.count_law(L, (w, 1.0))
-    assert law.sum().item() == pytest.approx(1)
-    for masked in range(1, L + 1):
-        binomial = math.comb(L, masked) * (1 - diffusion.linear(t)) ** masked * diffusion.linear(t) ** (L - masked)
-        at_least = sum(math.comb(L, k) * w**k * (1 - w) ** (L - k) for k in range(masked))  # P(Bin(L, w) < l)
-        assert float((binomial * diffusion.weight(t)).mean()) == pytest.approx(at_least / ((1 - w) * masked), rel=1e-6)
-        assert float(law[masked - 1]) == pytest.approx(at_least / ((1 - w) * L), rel=1e-9)
-
-
-@pytest.mark.parametrize("name", diffusion.SCHEDULES)
-@pytest.mark.parametrize("ratios", [(0.0, 1.0), (0.5, 1.0), (0.2, 0.6), (0.3, 0.3), (1.0, 1.0)])
-def test_a_token_weighs_one_on_average_in_every_schedule_and_range(name, ratios):
-    B, T = 40_000, 4
-    noise = torch.rand(B, T, generator=torch.Generator().manual_seed(0))
-    batch = {"tokens": torch.zeros(B, T, dtype=torch.long), "valid": torch.ones(B, T) > 0, "noise": noise, "u": 0.3}
-    view = diffusion.training_batch(batch | {"index": torch.arange(B)}, "mdc", B, T, ratios, name)
-    assert view["weight"].sum().item() == pytest.approx(1, abs=0.03)
-    low, high = view["ratio"].min().item(), view["ratio"].max().item()
-    assert ratios[0] - 1e-4 < low and high < ratios[1] + 1e-4
-
-
-def test_law_of_the_number_of_masks_at_one_fixed_ratio():
-    law = diffusion.count_law(6, (0.4, 0.4))
-    binomial = torch.tensor([math.comb(6, k) * 0.4**k * 0.6 ** (6 - k) * k / (6 * 0.4) for k in range(1, 7)])
-    torch.testing.assert_close(law.float(), binomial, atol=1e-3, rtol=0)
-    assert diffusion.count_law(6, (1.0, 1.0))[-1] > 0.999
-
-
-@pytest.mark.parametrize("length", [1, 128, 1500])
-@pytest.mark.parametrize("ratios", [(0.0, 1.0), (0.5, 1.0), (0.15, 0.15), (1e-6, 1e-6), (1.0, 1.0)])
-def test_law_of_the_number_of_masks_is_one_for_long_captions_too(length, ratios):
-    law = diffusion.count_law(length, ratios)
-    assert law.min() >= 0 and law.sum().item() == pytest.approx(1, abs=1e-6)
-    low, high = max(0.0, min(ratios[0], ratios[1] - 1e-4)), ratios[1]  # the mean of 1/l tells laws apart
-    t = low + (high - low) * (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    expected = ((1 - (1 - t) ** length) / t / length).mean().item()
-    assert float((law / torch.arange(1, length + 1)).sum()) == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize(
+    ("name", "times"), [("linear", times) for times in RANGES + POINTS] + [("cosine", times) for times in RANGES]
+)
+def test_a_token_of_a_training_batch_weighs_one_on_average(name, times):
+    """As train.py masks, in any range of times."""
+    batch = train.add_masks(random_batch(), "mdc", times, name)
+    ratio, weight = diffusion.SCHEDULES[name](batch["t"])
+    mean = (weight[:, None] * batch["mask"]).mean().item()
+    low, high = (diffusion.SCHEDULES[name](torch.tensor(t, dtype=torch.float64))[0].item() for t in times)
+    expected = 1 if low == high else (high - low) / (times[1] - times[0])
+    assert mean == pytest.approx(expected, abs=0.03) and (name != "linear" or expected == pytest.approx(1))
+    assert low - 1e-4 < ratio.min() and ratio.max() < high + 1e-4
 
 
 def test_times_are_stratified_and_never_zero():
+    strata = torch.arange(16, dtype=torch.float64) / 16
     for u in (0.0, 0.3, 0.999):
-        t = diffusion.stratified_times(u, torch.arange(16), 16, 0.0, 1.0)
+        t = diffusion.stratified_times(u, strata, 0.0, 1.0)
         assert (t > 0).all() and (t <= 1).all()
-        assert sorted(((1 - t.double()) * 16 + 1e-6).floor().long().tolist()) == list(range(16))
-    t = diffusion.stratified_times(0.3, torch.arange(16), 16)
+        assert sorted(((1 - t) * 16 + 1e-6).floor().long().tolist()) == list(range(16)), "one in each slice"
+    t = diffusion.stratified_times(0.3, strata)
     assert (t > 0.5).all() and (t <= 1).all()
-    parts = [diffusion.stratified_times(0.3, torch.arange(start, 16, 4), 16) for start in range(4)]
+    parts = [diffusion.stratified_times(0.3, strata[start::4]) for start in range(4)]
     assert torch.equal(torch.stack(parts, 1).flatten(), t), "a time depends on the place in the global batch only"
 
 
-def test_share_of_masked_tokens_is_the_time():
-    noise, valid = (
-        torch.rand(4, 50_000, generator=torch.Generator().manual_seed(0)),
-        torch.ones(4, 50_000, dtype=torch.bool),
-    )
+def test_share_of_masked_tokens_is_the_ratio():
+    noise = torch.rand(4, 50_000, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(4, 50_000, dtype=torch.bool)
     valid[:, 40_000:] = False
-    t = torch.tensor([0.1, 0.5, 0.9, 1.0])
-    mask = diffusion.mask_tokens(noise, t, valid)
+    ratio = torch.tensor([0.1, 0.5, 0.9, 1.0])
+    mask = diffusion.mask_tokens(noise, valid, ratio)
     assert not mask[:, 40_000:].any(), "a pad was masked"
-    torch.testing.assert_close(mask[:, :40_000].float().mean(1), t, atol=0.01, rtol=0)
+    torch.testing.assert_close(mask[:, :40_000].float().mean(1), ratio, atol=0.01, rtol=0)
+    assert mask[3, :40_000].all(), "at ratio 1 everything is masked"
 
 
+# ---- losses
 def example(B=6, T=5, V=7, seed=0):
+    """A batch of data.Batches without images, and logits of every position."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([5, 1, 3, 4, 2, 5])[:B]
     batch = {
+        "images": torch.arange(B),  # the captions' numbers, by which `table_model` finds their logits
         "tokens": torch.randint(V, (B, T), generator=generator),
         "valid": torch.arange(T) < lengths[:, None],
         "noise": torch.rand(B, T, generator=generator),
-        "u": 0.4,
-        "index": torch.arange(B),
+        "u": torch.tensor(0.4, dtype=torch.float64),
+        "strata": torch.arange(B, dtype=torch.float64) / B,
     }
     return batch, torch.randn(B, T, V, dtype=torch.float64, generator=generator)
 
 
+def table_model(logits):
+    """A model that looks its logits up."""
+
+    def model(images, tokens, mask, valid, where):
+        assert torch.equal(where, mask.flatten().nonzero().squeeze(1)) and not (mask & ~valid).any()
+        return logits[images].flatten(0, 1)[where]
+
+    return model
+
+
+def loss_of(batch, logits, objective="mdc", times=(0.5, 1.0), schedule="linear"):
+    """As a training step computes it, before it is divided by a constant."""
+    batch = train.add_masks(dict(batch), objective, times, schedule)
+    return train.step_loss(table_model(logits), batch, objective, schedule, None, train.Processes())
+
+
+def minus_log_p(logits, token):
+    return -math.log(math.exp(logits[token]) / sum(math.exp(x) for x in logits))
+
+
 def test_loss_equals_the_equation_written_as_loops():
     batch, logits = example()
-    view = diffusion.training_batch(batch, "mdc", 6, 20 / 6)
-    loss = (diffusion.cross_entropy(logits.flatten(0, 1)[view["where"]], view["targets"]) * view["weight"]).sum()
     slow = 0.0
     for b in range(6):
         t = 1.0 - 0.5 * ((0.4 + b / 6) % 1)
         for i in range(int(batch["valid"][b].sum())):
             if batch["noise"][b, i] < t:
-                p = math.exp(logits[b, i, batch["tokens"][b, i]]) / sum(math.exp(x) for x in logits[b, i])
-                slow += -math.log(p) / t / 20.0
-    assert float(loss) == pytest.approx(slow, rel=1e-5)
+                slow += 1 / t * minus_log_p(logits[b, i], batch["tokens"][b, i])
+    assert float(loss_of(batch, logits)) == pytest.approx(slow, rel=1e-5)
+
+
+def test_losses_of_the_neighbours_equal_their_equations_written_as_loops():
+    batch, logits = example()
+    slow = {"ar": 0.0, "parallel": 0.0, "bert": 0.0}
+    for b in range(6):
+        for i in range(int(batch["valid"][b].sum())):
+            nll = minus_log_p(logits[b, i], batch["tokens"][b, i])
+            slow["ar"] += nll
+            slow["parallel"] += nll
+            if batch["noise"][b, i] < 0.6:
+                slow["bert"] += nll / 0.6
+    for objective, times in (("ar", (0.5, 1.0)), ("parallel", (1.0, 1.0)), ("bert", (0.6, 0.6))):
+        assert float(loss_of(batch, logits, objective, times)) == pytest.approx(slow[objective], rel=1e-5), objective
 
 
 def test_loss_of_a_batch_is_the_sum_over_any_parts():
     batch, logits = example()
-
-    def loss_of(rows):
-        part = {k: v[rows] if torch.is_tensor(v) else v for k, v in batch.items()}
-        view = diffusion.training_batch(part, "mdc", 6, 20 / 6)
-        return (
-            diffusion.cross_entropy(logits[rows].flatten(0, 1)[view["where"]], view["targets"]) * view["weight"]
-        ).sum()
-
-    whole = loss_of(torch.arange(6))
+    whole = loss_of(batch, logits)
     for parts in ([[0, 2, 4], [1, 3, 5]], [[0], [1, 2], [3, 4, 5]]):
-        torch.testing.assert_close(sum(loss_of(torch.tensor(part)) for part in parts), whole)
+        losses = []
+        for rows in map(torch.tensor, parts):
+            part = {name: value[rows] if value.ndim else value for name, value in batch.items()}
+            losses.append(loss_of(part, logits))
+        torch.testing.assert_close(sum(losses), whole)
 
 
 def test_nothing_masked_gives_zero_loss_and_zero_gradient():
-    logits = torch.randn(0, 7, requires_grad=True)
-    weights = torch.randn(3, 7, requires_grad=True)
-    loss = (
-        diffusion.cross_entropy(logits @ torch.eye(7) + weights[:0], torch.zeros(0, dtype=torch.long)) * torch.zeros(0)
-    ).sum()
+    batch, logits = example()
+    logits.requires_grad_()
+    loss = loss_of(batch | {"noise": torch.ones(6, 5)}, logits)
     loss.backward()
-    assert loss.item() == 0 and torch.equal(weights.grad, torch.zeros(3, 7))
+    assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros(6, 5, 7, dtype=torch.float64))
 
 
+def test_losses_are_in_float32_whatever_the_logits_are():
+    logits, targets = torch.randn(9, 5) * 10, torch.randint(5, (9,))
+    losses = diffusion.cross_entropy(logits.bfloat16(), targets)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, diffusion.cross_entropy(logits.bfloat16().float(), targets), atol=0, rtol=0)
+
+
+def test_published_losses_of_mdlm_and_md4_are_ours():
+    """MDLM: sigma'(t) / (exp(sigma(t)) - 1) with exp(-sigma) = alpha (log-linear: alpha = 1 - t). MD4, its Table of
+    schedules: -alpha'/(1 - alpha) = (pi/2) tan(pi/2 (1 - t)) for cosine."""
+    batch, logits = example(B=4)
+
+    def published(name, t):
+        if name == "linear":
+            sigma, slope_of_sigma = -math.log(1 - t), 1 / (1 - t)
+            return slope_of_sigma / math.expm1(sigma)
+        return math.pi / 2 * math.tan(math.pi / 2 * (1 - t))
+
+    for name in EXACT:
+        ours = loss_of(batch, logits, times=(0.0, 1.0), schedule=name)
+        theirs = 0.0
+        for b in range(4):
+            t = 1 - (0.4 + b / 4) % 1
+            ratio = t if name == "linear" else math.cos(math.pi / 2 * (1 - t))
+            for i in range(int(batch["valid"][b].sum())):
+                if batch["noise"][b, i] < ratio:
+                    theirs += published(name, t) * minus_log_p(logits[b, i], batch["tokens"][b, i])
+        assert float(ours) == pytest.approx(theirs, rel=1e-4), name
+
+
+def test_contrastive_loss_of_two_processes_adds_up_to_that_of_one():
+    image, text = torch.randn(2, 6, 4, dtype=torch.float64).unbind(0)
+    scale = 3.0
+    whole = diffusion.clip_loss(image, text, image, text, scale)
+    parts = [diffusion.clip_loss(image[i : i + 3], text[i : i + 3], image, text, scale, i) for i in (0, 3)]
+    torch.testing.assert_close(sum(parts), whole)
+    slow = -sum((scale * image @ text.T).log_softmax(axis).diagonal().sum() for axis in (0, 1)) / 2
+    torch.testing.assert_close(whole, slow)
+
+
+def without_docstring(source):
+    """A function as text without its docstring; code and comments as they are."""
+    lines, function = source.splitlines(), ast.parse(source).body[0]
+    first, *rest = function.body
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and rest:
+        del lines[first.lineno - 1 : first.end_lineno]
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def test_the_step_in_the_readme_is_the_step_in_the_code():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(def mdc_loss\(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1, "README.md shows the function once, in a python block that begins with it"
+    assert without_docstring(blocks[0]) == without_docstring(inspect.getsource(diffusion.mdc_loss))
+
+
+# ---- samplers
 def predictor(V=5):
     """Logits that depend on everything that is visible, so that the order of revealing matters."""
     table = torch.randn(64, V, generator=torch.Generator().manual_seed(3)) * 2
 
-    def predict(tokens, mask, where):
+    def predict(tokens, mask):
         seen = (torch.where(mask, 0, tokens + 1) * torch.arange(1, tokens.shape[1] + 1)).sum(1)
-        return table[(seen[where // tokens.shape[1]] * 7 + where % tokens.shape[1]) % 64]
+        rows, columns = mask.nonzero(as_tuple=True)
+        return table[(seen[rows] * 7 + columns) % 64]
 
     return predict
+
+
+def at(predict, tokens, mask, position):
+    """Log-probabilities [V] of the word at one masked position of one caption [1,T]."""
+    place = int(mask[0, :position].sum())
+    return predict(tokens, mask)[place].double().log_softmax(0)
 
 
 @pytest.mark.parametrize("order", diffusion.ORDERS)
@@ -192,7 +283,8 @@ def predictor(V=5):
 def test_sampler_reveals_for_good_and_never_masks(order, steps):
     mask = torch.tensor([[True] * 6, [True, False, True, True, False, False], [False] * 6])
     given = torch.arange(18).view(3, 6) % 5
-    states = list(diffusion.denoise(predictor(), given, mask, steps, order, 1.0, torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    states = list(diffusion.denoise(predictor(), given, mask, steps, order, 1.0, generator))
     assert len(states) - 1 == (steps or 6) and not states[-1][1].any()
     exact = steps is None and order != "ancestral"  # ancestral sampling may reveal none or several in a step
     for (tokens, before), (later, after) in itertools.pairwise(states):
@@ -203,13 +295,17 @@ def test_sampler_reveals_for_good_and_never_masks(order, steps):
     assert torch.equal(states[-1][0][~mask], given[~mask]) and states[-1][0].max() < 5
 
 
+def test_words_under_the_masks_have_no_influence():
+    given, mask = torch.zeros(1, 6, dtype=torch.long), torch.ones(1, 6, dtype=torch.bool)
+    *_, (one, _) = diffusion.denoise(predictor(), given, mask)
+    *_, (two, _) = diffusion.denoise(predictor(), given + 4, mask)
+    assert torch.equal(one, two)
+
+
 def test_confidence_order_takes_the_most_confident_first():
     logits = torch.tensor([[0.0, 1.0], [0.0, 3.0], [2.0, 0.0]])
-    states = list(
-        diffusion.denoise(
-            lambda tokens, mask, where: logits[where], torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3) > 0
-        )
-    )
+    start = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool)
+    states = list(diffusion.denoise(lambda tokens, mask: logits[mask[0]], *start))
     assert [state[1].tolist()[0] for state in states] == [
         [True] * 3,
         [True, False, True],
@@ -217,6 +313,13 @@ def test_confidence_order_takes_the_most_confident_first():
         [False] * 3,
     ]
     assert states[-1][0].tolist() == [[1, 1, 0]]
+
+
+def test_left_to_right_order_is_left_to_right():
+    start = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool)
+    states = list(diffusion.denoise(predictor(), *start, order="left-to-right"))
+    assert [state[1].sum().item() for state in states] == [3, 2, 1, 0]
+    assert all(state[1].tolist()[0] == sorted(state[1].tolist()[0]) for state in states)
 
 
 def test_temperature_one_draws_from_the_softmax():
@@ -234,57 +337,101 @@ def test_a_temperature_near_zero_is_greedy():
     assert drawn.tolist() == [1, 0]
 
 
-def test_random_order_is_one_position_at_a_time_in_any_order():
-    """Empirical joint law of the sampler against its enumeration over the orders of three positions, two words each."""
-    predict, n = predictor(2), 20_000
-    law = torch.zeros(8, dtype=torch.float64)
-    for order in itertools.permutations(range(3)):
-        for words in itertools.product(range(2), repeat=3):
-            p, tokens, mask = 1 / 6, torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool)
-            for i in order:
-                p *= float(predict(tokens, mask, torch.tensor([i])).double().softmax(1)[0, words[i]])
-                tokens, mask = (
-                    tokens.index_fill(1, torch.tensor(i), words[i]),
-                    mask.index_fill(1, torch.tensor(i), False),
-                )
-            law[words[0] * 4 + words[1] * 2 + words[2]] += p
-    start = torch.zeros(n, 3, dtype=torch.long)
-    *_, (tokens, _) = diffusion.denoise(
-        predict, start, torch.ones(n, 3) > 0, None, "random", 1.0, torch.Generator().manual_seed(1)
-    )
+PAIRS_OF_WORDS = list(itertools.product(range(2), repeat=3))  # captions of three tokens, two words
+
+
+def check_law(tokens, law):
+    """Chi-squared of captions [n,3] of two words against the law of PAIRS_OF_WORDS."""
+    n = len(tokens)
+    assert law.sum().item() == pytest.approx(1)
     counts = (tokens * torch.tensor([4, 2, 1])).sum(1).bincount(minlength=8)
     assert float(((counts - n * law) ** 2 / (n * law)).sum()) < 24.3, "0.1 % of seven degrees of freedom"
+
+
+def sampled(predict, steps, order, n=20_000):
+    start = torch.zeros(n, 3, dtype=torch.long), torch.ones(n, 3, dtype=torch.bool)
+    *_, (tokens, _) = diffusion.denoise(predict, *start, steps, order, 1.0, torch.Generator().manual_seed(1))
+    return tokens
+
+
+def test_random_order_is_one_position_at_a_time_in_any_order():
+    """Empirical joint law of the sampler against its enumeration over the orders of three positions, two words each."""
+    predict, law = predictor(2), torch.zeros(8, dtype=torch.float64)
+    for order in itertools.permutations(range(3)):
+        for number, words in enumerate(PAIRS_OF_WORDS):
+            p, tokens, mask = 1 / 6, torch.tensor([words]), torch.ones(1, 3, dtype=torch.bool)
+            for i in order:
+                p *= math.exp(at(predict, tokens, mask, i)[words[i]])
+                mask = mask.index_fill(1, torch.tensor(i), False)
+            law[number] += p
+    check_law(sampled(predict, None, "random"), law)
 
 
 def test_ancestral_sampling_follows_its_transition_law():
     """Two steps, t = 1 -> 1/2 -> 0: each of three positions is revealed first with probability 1/2, on its own."""
-    predict, n = predictor(2), 20_000
-    law = torch.zeros(8, dtype=torch.float64)
+    predict, law = predictor(2), torch.zeros(8, dtype=torch.float64)
+    blank = torch.ones(1, 3, dtype=torch.bool)
     for first in all_masks(3):
-        for number, words in enumerate(itertools.product(range(2), repeat=3)):
+        for number, words in enumerate(PAIRS_OF_WORDS):
             tokens, p = torch.tensor([words]), 1 / 8
-            blank = predict(tokens, torch.ones(1, 3) > 0, torch.arange(3)).double().softmax(1)
-            later = predict(tokens, ~first[None], torch.arange(3)).double().softmax(1)
             for i in range(3):
-                p *= float((blank if first[i] else later)[i, words[i]])
+                p *= math.exp(at(predict, tokens, blank if first[i] else ~first[None], i)[words[i]])
             law[number] += p
-    assert law.sum().item() == pytest.approx(1)
-    start = torch.zeros(n, 3, dtype=torch.long)
-    *_, (tokens, _) = diffusion.denoise(
-        predict, start, torch.ones(n, 3) > 0, 2, "ancestral", 1.0, torch.Generator().manual_seed(1)
-    )
-    counts = (tokens * torch.tensor([4, 2, 1])).sum(1).bincount(minlength=8)
-    assert float(((counts - n * law) ** 2 / (n * law)).sum()) < 24.3, "0.1 % of seven degrees of freedom"
+    check_law(sampled(predict, 2, "ancestral"), law)
 
 
+def causal_predictor(V=2):
+    """Logits of a position that depend on the tokens before it only, whatever the mask."""
+    table = torch.randn(64, V, generator=torch.Generator().manual_seed(4)) * 2
+
+    def predict(tokens, mask):
+        before = ((tokens + 1) * 3 ** torch.arange(tokens.shape[1])).cumsum(1).roll(1, 1)
+        before[:, 0] = 0
+        rows, columns = mask.nonzero(as_tuple=True)
+        return table[before[rows, columns] % 64]
+
+    return predict
+
+
+def test_autoregression_draws_word_after_word():
+    """Its law is the product of the conditionals, which "parallel" scores exactly. No word ends a caption here."""
+    predict, captions = causal_predictor(), torch.tensor(PAIRS_OF_WORDS)
+    law = torch.zeros(8, dtype=torch.float64)
+    for number, words in enumerate(PAIRS_OF_WORDS):
+        tokens = torch.tensor([words])
+        for i in range(3):
+            one = torch.arange(3)[None] == i
+            law[number] += predict(tokens, one)[0].double().log_softmax(0)[words[i]]
+    scores = diffusion.log_likelihood(predict, captions, torch.ones(8, 3, dtype=torch.bool), "parallel")
+    torch.testing.assert_close(scores, law, atol=1e-5, rtol=0)
+    generator = torch.Generator().manual_seed(1)
+    *_, (tokens, _) = diffusion.autoregress(predict, 20_000, 3, eos=2, temperature=1.0, generator=generator)
+    check_law(tokens, law.exp())
+
+
+def test_autoregression_stops_at_the_end():
+    table = torch.tensor([[0.0, 9, 0], [0, 0, 9], [9.0, 0, 0]])
+
+    def predict(tokens, mask):  # after 0 comes 1, after 1 the end, 2; the first words are 0 and 1
+        rows, columns = mask.nonzero(as_tuple=True)
+        before = torch.where(columns > 0, tokens[rows, columns - 1], torch.tensor([2, 0])[rows])
+        return table[before]
+
+    states = list(diffusion.autoregress(predict, 2, 6, eos=2))
+    assert states[-1][0].tolist() == [[0, 1, 2, 2, 2, 2], [1, 2, 2, 2, 2, 2]] and len(states) == 4
+    for number, (tokens, mask) in enumerate(states):
+        assert mask.tolist() == [[i >= number for i in range(6)]] * 2
+        assert torch.equal(tokens[~mask], states[-1][0][~mask]), "a written word changed"
+
+
+# ---- likelihood
 def exact_bound(predict, x):
     """Mean over l, then over all states with l masks, of (L/l) sum_masked log p."""
     L, states, total = len(x), all_masks(len(x)), 0.0
     for mask in states[states.any(1)]:
         masked = int(mask.sum())
-        where = mask.nonzero().squeeze(1)
-        log_p = predict(x[None], mask[None], where).double().log_softmax(1)[torch.arange(masked), x[where]].sum()
-        total += float(log_p) * L / masked / L / math.comb(L, masked)
+        log_p = sum(float(at(predict, x[None], mask[None], i)[x[i]]) for i in mask.nonzero().flatten().tolist())
+        total += log_p * L / masked / L / math.comb(L, masked)
     return total
 
 
@@ -294,7 +441,7 @@ def random_order_log_p(predict, x):
     for order in itertools.permutations(range(len(x))):
         mask, product = torch.ones(1, len(x), dtype=torch.bool), 1.0
         for i in order:
-            product *= float(predict(x[None], mask, torch.tensor([i])).double().softmax(1)[0, x[i]])
+            product *= math.exp(at(predict, x[None], mask, i)[x[i]])
             mask = mask.index_fill(1, torch.tensor(i), False)
         p += product / math.factorial(len(x))
     return math.log(p)
@@ -304,11 +451,12 @@ def test_the_estimator_has_the_exact_bound_as_its_mean_and_jensen_holds():
     predict, V, T = predictor(3), 3, 3
     captions = torch.tensor(list(itertools.product(range(V), repeat=T)))
     valid, generator = torch.ones_like(captions, dtype=torch.bool), torch.Generator().manual_seed(0)
-    noise, shifts = torch.rand(400, 4, T, generator=generator), torch.rand(400, generator=generator)
-    draws = torch.stack([
-        diffusion.log_likelihood(predict, captions, valid, "monte-carlo", [draw] * len(captions))
-        for draw in zip(noise, shifts.tolist(), strict=True)
-    ])
+    draws = []
+    for _ in range(400):
+        noise = torch.rand(1, 4, T, generator=generator).expand(len(captions), -1, -1)
+        u = torch.rand(1, generator=generator).expand(len(captions))
+        draws.append(diffusion.log_likelihood(predict, captions, valid, "monte-carlo", noise, u))
+    draws = torch.stack(draws)
     exact = torch.tensor([exact_bound(predict, x) for x in captions], dtype=torch.float64)
     error = draws.std(0) / 20
     assert ((draws.mean(0) - exact) / error).abs().max() < 4 and error.max() < 0.2 * exact.std()
@@ -317,15 +465,40 @@ def test_the_estimator_has_the_exact_bound_as_its_mean_and_jensen_holds():
     assert (exact <= truth + 1e-9).all() and (exact < truth - 1e-3).any()
 
 
+@pytest.mark.parametrize("u", [0.0, 0.37, 0.999])
+def test_as_many_draws_as_tokens_hit_every_number_of_masks_once(u):
+    masks, weights = diffusion.scoring_masks("monte-carlo", 6, torch.rand(6, 9), u)
+    count = masks.sum(1)
+    assert masks.shape == (6, 6) and sorted(count.tolist()) == [1, 2, 3, 4, 5, 6]
+    torch.testing.assert_close(weights * count, torch.ones(6), check_dtype=False)  # L / (l S) with S = L
+
+
+def test_scores_do_not_depend_on_pads_or_other_captions():
+    predict, lengths = predictor(3), (4, 2, 3)
+    x = torch.tensor([[2, 0, 1, 0], [1, 1, 0, 2], [0, 2, 2, 1]])
+    valid = torch.arange(4) < torch.tensor(lengths)[:, None]
+    noise, u = torch.rand(3, 5, 4), torch.rand(3)
+
+    def blind_to_pads(valid):
+        return lambda tokens, mask: predict(tokens.masked_fill(~valid, -1), mask)  # -1 adds nothing to what is seen
+
+    for rule in ("monte-carlo", "parallel", "leave-one-out"):
+        together = diffusion.log_likelihood(blind_to_pads(valid), x, valid, rule, noise, u)
+        for b, L in enumerate(lengths):
+            part = valid[b : b + 1, :L]
+            draw = noise[b : b + 1, :, :L], u[b : b + 1]
+            alone = diffusion.log_likelihood(blind_to_pads(part), x[b : b + 1, :L], part, rule, *draw)
+            assert together[b].item() == pytest.approx(alone.item(), abs=1e-6), rule
+
+
 def consistent_predictor(V=3, T=3):
     """Conditionals of one joint law, so that the order of revealing does not matter."""
     joint = torch.rand(*[V] * T, generator=torch.Generator().manual_seed(5)).double()
     joint /= joint.sum()
 
-    def predict(tokens, mask, where):
+    def predict(tokens, mask):
         rows = []
-        for flat in where.tolist():
-            b, i = divmod(flat, T)
+        for b, i in mask.nonzero().tolist():
             table = joint[tuple(slice(None) if mask[b, j] else tokens[b, j] for j in range(T))]
             axis = int(mask[b, :i].sum())
             rows.append(table.movedim(axis, 0).reshape(V, -1).sum(1).log())
@@ -344,58 +517,28 @@ def test_the_bound_is_exact_for_a_model_whose_conditionals_agree():
 def test_the_two_heuristics_are_what_they_say():
     predict, x = predictor(3), torch.tensor([[2, 0, 1, 0], [1, 1, 0, 0]])
     valid = torch.tensor([[True] * 4, [True] * 2 + [False] * 2])
-    parallel, pseudo = (diffusion.log_likelihood(predict, x, valid, rule) for rule in ("parallel", "leave-one-out"))
-    for b, L in enumerate((4, 2)):
-        logs = [
-            sum(
-                predict(x[b : b + 1], hidden[None] & valid[b : b + 1], torch.tensor([i])).log_softmax(1)[0, x[b, i]]
-                for i, hidden in enumerate(masks[:L])
-            )
-            for masks in (torch.ones(4, 4) > 0, torch.eye(4) > 0)
-        ]
-        assert [float(parallel[b]), float(pseudo[b])] == pytest.approx([float(log) for log in logs], abs=1e-4)
+    for rule, masks in (("parallel", torch.ones(4, 4) > 0), ("leave-one-out", torch.eye(4) > 0)):
+        scores = diffusion.log_likelihood(predict, x, valid, rule)
+        for b, L in enumerate((4, 2)):
+            slow = 0.0
+            for i in range(L):
+                slow += float(at(predict, x[b : b + 1], masks[i][None] & valid[b : b + 1], i)[x[b, i]])
+            assert float(scores[b]) == pytest.approx(slow, abs=1e-4), rule
 
 
-def test_published_losses_of_mdlm_and_md4_are_ours():
-    """MDLM: sigma'(t) / (exp(sigma(t)) - 1) with exp(-sigma) = alpha (log-linear: alpha = 1 - t). MD4, its Table of
-    schedules: -alpha'/(1 - alpha) = (pi/2) tan(pi/2 (1 - t)) for cosine, and for geometric
-    exp(-b)/(1 - exp(-b)) b log(b_max/b_min) with b = b_min^(1-t) b_max^t."""
-    batch, logits = example(B=4)
-
-    def published(name, t):
-        if name == "linear":
-            sigma, slope_of_sigma = -math.log(1 - t) if t < 1 else math.inf, 1 / (1 - t) if t < 1 else math.inf
-            return slope_of_sigma / math.expm1(sigma)
-        if name == "cosine":
-            return math.pi / 2 * math.tan(math.pi / 2 * (1 - t))
-        b = 1e-5 ** (1 - t) * 20**t
-        return math.exp(-b) / -math.expm1(-b) * b * math.log(20 / 1e-5)
-
-    for name in diffusion.SCHEDULES:
-        view = diffusion.training_batch(batch, "mdc", 4, 5.0, (0.0, 1.0), name)
-        ours = (diffusion.cross_entropy(logits.flatten(0, 1)[view["where"]], view["targets"]) * view["weight"]).sum()
-        low, high = (diffusion.time_of(end, diffusion.SCHEDULES[name]) for end in (0.0, 1.0))
-        theirs = 0.0
-        for b in range(4):
-            t = high - (high - low) * ((0.4 + b / 4) % 1)
-            for i in view["mask"][b].nonzero().flatten().tolist():
-                theirs -= float(logits[b, i].log_softmax(0)[batch["tokens"][b, i]]) * published(name, t) / 4 / 5
-        assert float(ours) == pytest.approx(theirs, rel=1e-4), name
-
-
-def test_contrastive_loss_of_two_processes_adds_up_to_that_of_one():
-    image, text = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    whole = diffusion.contrastive_loss(image, text, image, text)
-    parts = [diffusion.contrastive_loss(image[i : i + 3], text[i : i + 3], image, text, i) for i in (0, 3)]
-    torch.testing.assert_close(sum(parts), whole)
-    slow = -sum((image @ text.T).log_softmax(axis).diagonal().mean() for axis in (0, 1)) / 2
-    torch.testing.assert_close(whole, slow)
-
-
-def test_autoregression_stops_at_the_end():
-    table = torch.tensor([[0.0, 9, 0], [0, 0, 9], [9.0, 0, 0]])
-    states = list(diffusion.autoregress(lambda tokens, i: table[tokens if i else torch.tensor([0, 1])], 2, 6, eos=2))
-    assert states[-1][0].tolist() == [[1, 2, 2, 2, 2, 2], [2, 2, 2, 2, 2, 2]] and len(states) == 3
+def test_visual_gain_is_zero_for_equal_images_and_at_most_log_of_their_number():
+    M = 9
+    torch.testing.assert_close(diffusion.visual_gain(torch.full((4, M), -3.0)), torch.zeros(4))
+    scores = torch.randn(1000, M, dtype=torch.float64) * 50
+    gain = diffusion.visual_gain(scores)
+    assert (gain <= math.log(M) + 1e-9).all() and (gain < 0).any() and (gain > 0).any()
+    certain = torch.full((1, M), -1000.0).index_fill(1, torch.tensor(0), 0)
+    assert diffusion.visual_gain(certain).item() == pytest.approx(math.log(M), abs=1e-6)
+    slow = scores[:, 0] - scores.exp().mean(1).log()
+    kept = slow.isfinite()
+    torch.testing.assert_close(gain[kept], slow[kept])
+    moved = diffusion.visual_gain(scores + torch.randn(1000, 1, dtype=torch.float64))
+    torch.testing.assert_close(moved, gain)  # how likely a caption is with any image does not matter
 
 
 def test_bad_arguments_are_refused():

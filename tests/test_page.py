@@ -17,7 +17,7 @@ import torch
 
 import data
 import sample
-from model import SIZES, Captioner, Config
+from model import SIZES, Config, Size, build_model
 
 HOSTILE = "<img src=x onerror=document.title=1>&amp;.png"
 PIECES = ["</script>", "<script>", "<b>", " dog", " &amp;"]
@@ -74,16 +74,15 @@ def write_checkpoint(path, size="tiny", side=16, objective="mdc"):
     spec = data.words_tokenizer("words:9", Counter(dict.fromkeys(PIECES, 1)))
     config = Config(size, side, data.load_tokenizer(spec).n_vocab, 64, data.load_tokenizer(spec).eot_token)
     config.objective = objective
-    model = Captioner(config)
+    model = build_model(config)
     if objective != "clip":
-        torch.nn.init.normal_(model.decoder.head.weight)
-        torch.nn.init.constant_(model.decoder.head.bias[256:-1], 100.0)
+        torch.nn.init.normal_(model.decoder.head.weight, std=0.1)
+        torch.nn.init.constant_(model.decoder.head.bias[256 : 256 + len(PIECES)], 100.0)
+        model.decoder.head.bias.data[256 + spec["pieces"].index("</script>")] += 5  # so that it occurs
     torch.save(
         {
             "model": model.state_dict(),
             "config": asdict(config),
-            "options": {"ratios": (0.5, 1.0)},
-            "step": 1,
             "lengths": {9: 1},
             "tokenizer": spec,
         },
@@ -92,22 +91,22 @@ def write_checkpoint(path, size="tiny", side=16, objective="mdc"):
     return path
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """A page of two models on two images, and what --trace printed of each image and model."""
+@pytest.fixture(scope="module", params=["mdc", "ar"])
+def page(request, tmp_path_factory):
+    """A page of two images, and what --trace printed of each."""
     folder = tmp_path_factory.mktemp("page")
+    for objective in ("mdc", "ar"):
+        write_checkpoint(folder / f"{objective}.pt", objective=objective)
     for seed, name in enumerate((HOSTILE, "plain.jpg")):
         data.draw_shapes(seed, 64)[0].save(folder / name)
-    words = ["--ckpt", write_checkpoint(folder / "mdc.pt")]
-    words += ["--compare", write_checkpoint(folder / "ar.pt", objective="ar")]
-    words += [folder / HOSTILE, folder / "plain.jpg", "--trace", "--html", folder / "page.html"]
+    words = ["--ckpt", folder / f"{request.param}.pt", folder / HOSTILE, folder / "plain.jpg"]
     traces = [[]]
-    for line in run_main(*words).splitlines():
+    for line in run_main(*words, "--trace", "--html", folder / "page.html").splitlines():
         number, text = re.fullmatch(r"(?:( ?\d+)  )?(.*)", line.split("\t")[1]).groups()
         traces[-1].append(text)
         if number is None:  # the caption itself comes last
             traces.append([])
-    return folder / "page.html", [traces[i] for i in (0, 2, 1, 3)]  # by image, then model
+    return folder / "page.html", traces[:2]
 
 
 def run_main(*words):
@@ -141,18 +140,17 @@ def test_texts_are_no_markup_and_nothing_is_fetched(page, browse):
 @pytest.mark.parametrize("length", [13, 64])
 def test_a_page_of_eight_photographs_is_small(tmp_path, monkeypatch, length):
     """Six layers that look at 14 x 14 patches, as B/16's do; one image, times eight."""
-    monkeypatch.setitem(SIZES, "thin", (24, 12, 6, 16))
+    monkeypatch.setitem(SIZES, "thin", Size(24, 12, 6, 16, 6))
     model, _ = sample.load_captioner(write_checkpoint(tmp_path / "big.pt", "thin", 224))
     image = data.draw_shapes(0, 224)[0]
     states = sample.caption_images(model, torch.tensor(data.crop_square(image, 224))[None], torch.tensor([length]))
     tokenizer = data.load_tokenizer(data.words_tokenizer("words:9", Counter(dict.fromkeys(PIECES, 1))))
-    _, note = sample.watch(model, tokenizer, states, sample.PAGE_BYTES // 8)
-    picture = sample.data_uri(data.crop_square(image, sample.PICTURE))
-    content = {"images": [{"picture": picture}] * 8, "models": [{"images": [note] * 8}]}
+    _, record = sample.watch(model, tokenizer, states)
+    picture = sample.data_uri(data.crop_square(image, 224))
+    content = {"images": [{"picture": picture} | record] * 8}
     sample.write_page("page.html", tmp_path / "page.html", content)
     assert (tmp_path / "page.html").stat().st_size < 2e6
-    layers = len(note["maps"]) // (len(note["rows"]) // 26 * note["side"] ** 2)
-    assert (layers, note["side"]) == {13: (7, 14), 64: (1, 7)}[length]
+    assert record["side"] == 7 and len(record["steps"]) == length
 
 
 @pytest.mark.parametrize("objective", ["mdc", "clip"])
@@ -167,7 +165,8 @@ def test_the_report_shows_every_record(tmp_path, browse, objective):
         if objective == "clip":
             record |= {f"{way}_r{k}": 0.5 for way in ("image_to_text", "text_to_image") for k in (1, 5)}
         else:
-            record |= {"control": 2.0, "gain": 1.0, "gain_se": 0.1, "by_ratio": [None] * 5 + [0.1] * 5}
+            record |= {"wrong_image": 1.0, "wrong_image_se": 0.1, "visual_gain": 1.9, "visual_gain_se": 0.1}
+            record |= {"by_ratio": [None] * 5 + [0.1] * 5}
             record |= {"by_position": [[0.5, 0.1, 9], [0.2, None, 1], None], "captions": [f"{HOSTILE} {step}"] * 8}
         evaluations.append(record)
     final = evaluations[-1] | {"event": "final", "exact": 0.5, "minutes": 3.0}
@@ -184,7 +183,8 @@ def test_the_report_shows_every_record(tmp_path, browse, objective):
     document = browse(tmp_path / "report.html")
     assert document.texts["title"] == [HOSTILE] * 2, "the title and the heading"
     assert document.texts["command"] == ["python train.py </script>"]
-    assert document.tags["svg"] == {"mdc": 6, "clip": 5}[objective]
+    assert document.tags["svg"] == {"mdc": 7, "clip": 5}[objective]
+    assert ("1.9 ± 0.1visual gain, nats per caption" in document.texts["li"]) == (objective == "mdc")
     assert not document.fetches() and document.tags["script"] == 1
     if objective == "mdc":
         assert document.texts["figcaption"] == [f"{HOSTILE} 20000given: <b>given</b>"] * 8
@@ -207,15 +207,19 @@ def test_a_page_is_there_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("mdc.pt", "nowhere.jpg"), "nowhere.jpg: no such file"),
-        (("mdc.pt", "plain.jpg", "--html", "nowhere/page.html"), "a folder that exists"),
-        (("mdc.pt", "plain.jpg", "--html", "page.html", "--score", "a dog"), "leave out --score"),
-        (("mdc.pt", "plain.jpg", "--compare", "nowhere.pt"), "no checkpoint at"),
-        (("mdc.pt", "plain.jpg", "--length", "65"), "number from 1 to 64"),
-        (("mdc.pt", "plain.jpg", "--length", "-1"), "number from 1 to 64"),
-        (("mdc.pt", "mdc.pt"), "mdc.pt: not a JPEG"),
+        (("mdc.pt", "plain.jpg", "--html", "nowhere/page.html"), "page.html: no such folder"),
+        (("mdc.pt", "plain.jpg", "--html", "page.html", "--score", "a dog"), "--score (without --html)"),
+        (("mdc.pt", "plain.jpg", "--metrics"), "--dataset NAME (for --metrics)"),
+        (("mdc.pt", "plain.jpg", "--dataset", "shapes"), "expected images or --dataset NAME"),
+        (("mdc.pt", "plain.jpg", "--device", "meta:oops"), "or meta:oops is not available"),
+        (("mdc.pt", "plain.jpg", "--prompt", "___ " * 64), "at most 63 tokens"),
+        (("mdc.pt", "plain.jpg", "--score", "a dog " * 64), "at most 63 tokens"),
+        (("nowhere.pt", "plain.jpg"), "no checkpoint at"),
         (("ar.pt", "plain.jpg", "--prompt", "a ___"), "cannot fill blanks"),
         (("clip.pt", "plain.jpg", "--html", "page.html"), "contrastive"),
+        (("mdc.pt",), "expected images or --dataset NAME"),
+        (("mdc.pt", "plain.jpg", "--count", "0"), "expected a whole number above 0"),
+        (("mdc.pt", "plain.jpg", "--temperature", "-1"), "expected a number, not negative"),
     ],
 )
 def test_mistakes_get_one_line(page, words, message):
@@ -225,6 +229,15 @@ def test_mistakes_get_one_line(page, words, message):
     with pytest.raises(data.UserError, match=re.escape(message)) as problem:
         run_main("--ckpt", *paths)
     assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("name, message", [("nowhere.jpg", "no such file"), ("mdc.pt", "not a JPEG")])
+def test_a_file_that_is_no_image_gets_one_line(page, name, message, capsys):
+    folder = page[0].parent
+    with pytest.raises(SystemExit) as end:
+        run_main("--ckpt", folder / "mdc.pt", folder / name)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and f"{name}: {message}" in said
 
 
 def test_figures(tmp_path):

@@ -1,10 +1,11 @@
-"""sample.py: published caption metrics, prompts as written, every sampler, and what the page says of the model."""
+"""sample.py: published caption metrics, prompts, samplers, scores, records of the page, unreadable images."""
 
 import base64
 import contextlib
 import io
 import json
 import random
+import shutil
 from dataclasses import asdict
 from unittest import mock
 
@@ -15,7 +16,7 @@ import torch
 import data
 import sample
 from data import UserError
-from model import Captioner, Config
+from model import Config, build_model
 
 WORDS = "a the dog cat runs sits on in red big grass , near".split()
 
@@ -47,21 +48,15 @@ def test_metrics_are_pycocoevalcaps(seed):
     assert sum(map(sample.rouge_l, made, given)) / 30 == pytest.approx(expected, abs=1e-6)
 
 
-def test_published_scores_of_nlg_eval(photographs, tmp_path, script):
+def test_published_scores_of_nlg_eval(photographs, capsys):
     example = json.loads((photographs / "caption-metrics" / "nlg-eval-example.json").read_text())
-    for name, values in (("made", example["hypotheses"]), ("given", example["references"])):
-        (tmp_path / name).write_text(json.dumps({str(i): value for i, value in enumerate(values)}))
-    said = script("sample.py", "--score-files", tmp_path / "made", tmp_path / "given").stdout.splitlines()
-    count = len(example["hypotheses"])
-    assert said[0] == f"{count:,} captions made, references given for {count:,} images"
-    said = said[1].split()
+    made = [text.split() for text in example["hypotheses"]]
+    given = [[text.split() for text in texts] for texts in example["references"]]
+    sample.print_metrics(made, given)
+    said = capsys.readouterr().out.splitlines()[-1].split()
     ours = dict(zip(said[::2], map(float, said[1::2]), strict=True))
     for name, theirs in (("BLEU-1", "Bleu_1"), ("BLEU-4", "Bleu_4"), ("ROUGE-L", "ROUGE_L"), ("CIDEr-D", "CIDEr")):
         assert ours[name] == pytest.approx(example["scores"][theirs], abs=1e-4)
-    for wrong in ({}, {str(i): "a text, not a list" for i in range(len(example["hypotheses"]))}):
-        (tmp_path / "given").write_text(json.dumps(wrong))
-        said = script("sample.py", "--score-files", tmp_path / "made", tmp_path / "given", expect=2).stderr
-        assert "every image of the first" in said
 
 
 def test_prompts_keep_their_words():
@@ -75,30 +70,31 @@ def test_prompts_keep_their_words():
             sample.read_prompt(wrong, tokenizer, 16)
 
 
-def make_model(objective="mdc", **options):
-    """A model of random weights, and its tokenizer."""
+def make_model(objective="mdc"):
+    """A model of random weights, its tokenizer and the tokenizer's specification."""
     torch.manual_seed(0)
     spec = data.words_tokenizer("words:9", data.Counter({" dog": 5, " on": 4, " red": 3}))
     tokenizer = data.load_tokenizer(spec)
-    model = Captioner(
-        Config("tiny", 32, tokenizer.n_vocab, 16, tokenizer.eot_token, objective=objective, **options)
-    ).eval()
+    model = build_model(Config("tiny", 32, tokenizer.n_vocab, 16, tokenizer.eot_token, objective)).eval()
     if objective != "clip":
         torch.nn.init.normal_(model.decoder.head.weight, std=0.3)
     return model, tokenizer, spec
 
 
-def look_at(model, tokenizer, budget=1 << 20, **options):
-    """The notes of a caption of five tokens: tokens, rows [P,13], maps [layers,P,side,side]."""
-    states = sample.caption_images(model, torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.tensor([5]), **options)
-    kept, note = sample.watch(model, tokenizer, states, budget)
-    rows = np.frombuffer(base64.b64decode(note["rows"]), np.int16).reshape(-1, 13)
-    maps = np.frombuffer(base64.b64decode(note["maps"]), np.uint8).reshape(-1, len(rows), note["side"], note["side"])
-    return kept, note, rows, maps
+BLANK = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+
+
+def look_at(model, tokenizer, **options):
+    """States and record of a caption of five tokens, and the maps of each step [K,side,side]."""
+    states = sample.caption_images(model, BLANK, torch.tensor([5]), **options)
+    kept, record = sample.watch(model, tokenizer, states)
+    side = record["side"]
+    maps = [np.frombuffer(base64.b64decode(step["maps"]), np.uint8).reshape(-1, side, side) for step in record["steps"]]
+    return kept, json.loads(json.dumps(record)), maps
 
 
 @pytest.mark.parametrize("objective", ["mdc", "ar"])
-def test_the_page_says_where_the_model_looks_and_what_it_thinks(objective):
+def test_the_record_says_where_the_model_looks_and_what_it_predicts(objective):
     model, tokenizer, _ = make_model(objective)
     keys = torch.zeros(2, 1, 16, 128)
     for number, block in enumerate(model.decoder.blocks):  # layer k looks at patch 3 + k whatever it reads
@@ -106,86 +102,123 @@ def test_the_page_says_where_the_model_looks_and_what_it_thinks(objective):
         torch.nn.init.zeros_(block.cross.q.weight)
         torch.nn.init.ones_(block.cross.q.bias)
     model.decoder.read = lambda features: [(key, torch.zeros_like(key)) for key in keys]
-    kept, note, rows, maps = look_at(model, tokenizer)
-    plain = list(sample.caption_images(model, torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.tensor([5])))
+    kept, record, maps = look_at(model, tokenizer)
+    plain = list(sample.caption_images(model, BLANK, torch.tensor([5])))
     assert all(torch.equal(a, b) for one, two in zip(kept, plain, strict=True) for a, b in zip(one, two, strict=True))
-    assert not any(len(module._forward_hooks) for module in model.modules()), "the model is left as it was"
-    for layer, patches in enumerate(([3, 4], [3], [4])):
-        expected = np.zeros(16)
-        expected[patches] = 255
-        assert (maps[layer].reshape(-1, 16) == expected).all(), "mean of layers, then each"
-    steps = len(kept) - 1
-    asked = [(s, i) for s in range(steps) for i in ([s] if objective == "ar" else kept[s][1][0].nonzero().flatten())]
-    assert [tuple(row[:2]) for row in rows] == asked
-    words = np.array([tokenizer.eot_token if text is None else -1 for text in note["words"]])
-    for row in rows:
-        (tokens, mask), i = kept[row[0] + 1], row[1]
-        if not mask[0, i]:  # greedy: the word written is the likeliest
-            assert row[2] == note["tokens"][i] and row[7] == row[8] == max(row[8:])
-            assert (words[row[2]] == tokenizer.eot_token) == (tokens[0, i] == tokenizer.eot_token)
-        assert (np.diff(row[8:]) <= 0).all() and 0 < row[8:].sum() <= 1002
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    expected = np.zeros(16)
+    expected[[3, 4]] = 255  # the mean of the layers
+    words = {int(word): text for word, text in record["words"].items()}
+    assert record["causal"] == (objective == "ar") and len(record["steps"]) == len(kept) - 1
+    for s, step in enumerate(record["steps"]):
+        (before, after), tokens = (kept[s][1][0], kept[s + 1][1][0]), kept[s + 1][0][0]
+        assert step["asked"] == ([s] if objective == "ar" else before.nonzero().flatten().tolist())
+        later = [position for other in record["steps"][s + 1 :] for position in other["asked"]]
+        written = [position for position in step["asked"] if position not in later]
+        assert written == (before & ~after).nonzero().flatten().tolist()
+        assert len(maps[s]) == len(step["asked"]) and (maps[s].reshape(-1, 16) == expected).all()
+        for position, likely, chances in zip(step["asked"], step["likely"], step["chances"], strict=True):
+            assert (np.diff(chances) <= 0).all() and 0 < sum(chances) <= 102
+            assert all((words[word] is None) == (word == tokenizer.eot_token) for word in likely)
+            if position in written:  # greedy: the word written is the likeliest
+                assert likely[0] == tokens[position] == record["tokens"][position]
 
 
-def test_probabilities_on_the_page_are_the_models():
+def test_probabilities_in_the_record_are_the_models():
     model, tokenizer, _ = make_model()
-    kept, note, rows, _ = look_at(model, tokenizer, temperature=1.0, generator=torch.Generator().manual_seed(0))
-    kv = model.decoder.read(model.encode(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)))
-    for s in range(note["steps"]):
-        tokens, mask = kept[s]
+    kept, record, _ = look_at(model, tokenizer, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    memory = model.decoder.read(model.encode(BLANK))
+    for (tokens, mask), step in zip(kept, record["steps"], strict=False):
         with torch.no_grad():
-            chance = model.decoder(kv, tokens, mask, torch.ones_like(mask))[0].softmax(-1)
-        for row in rows[rows[:, 0] == s]:
-            best = chance[row[1]].topk(5)
-            np.testing.assert_allclose(row[8:] / 1000, best.values.numpy(), atol=6e-4)
-            texts = [
-                None if word == tokenizer.eot_token else tokenizer.decode([word]) for word in best.indices.tolist()
-            ]
-            assert [note["words"][word] for word in row[2:7]] == texts
-            if not kept[s + 1][1][0, row[1]]:
-                assert row[7] / 1000 == pytest.approx(float(chance[row[1], kept[s + 1][0][0, row[1]]]), abs=6e-4)
+            best = model.decoder(memory, tokens, mask, torch.ones_like(mask)).softmax(-1).topk(5)
+        assert step["likely"] == best.indices.tolist() and step["asked"] == mask[0].nonzero().flatten().tolist()
+        np.testing.assert_allclose(np.array(step["chances"]) / 100, best.values.numpy(), atol=6e-3)
+        for word in best.indices.flatten().tolist():
+            expected = None if word == tokenizer.eot_token else tokenizer.decode([word])
+            assert record["words"][str(word)] == expected
 
 
-def test_a_page_that_would_be_too_large_keeps_the_mean_of_layers():
+def test_the_record_of_a_prompt_has_no_end_among_its_words():
+    """What fills a blank may not be an EOS: the record has the probabilities that the sampler saw."""
     model, tokenizer, _ = make_model()
-    whole, mean, coarse = (look_at(model, tokenizer, budget)[3] for budget in (15 * 3 * 16, 15 * 16, 15 * 4))
-    assert whole.shape == (3, 15, 4, 4) and mean.shape == (1, 15, 4, 4) and coarse.shape == (1, 15, 2, 2)
-    assert (whole[0] == mean[0]).all() and (coarse.reshape(15, 4).max(1) == 255).all()
+    torch.nn.init.constant_(model.decoder.head.bias[tokenizer.eot_token], 100.0)
+    prompt = sample.read_prompt("a ___ dog", tokenizer, 16)
+    states = sample.caption_images(model, BLANK, torch.tensor([len(prompt[0])]), prompt=prompt)
+    kept, record = sample.watch(model, tokenizer, states)
+    assert record["steps"][0]["asked"] == [1] and tokenizer.eot_token not in record["steps"][0]["likely"][0][:4]
+    assert record["tokens"][-1] == tokenizer.eot_token and sum(record["steps"][0]["chances"][0]) > 0
+
+
+def test_attention_of_many_patches_becomes_means():
+    """12 x 12 patches: means of 2 x 2, the largest 255. What is uniform stays uniform."""
+    model, tokenizer, spec = make_model()
+    model = build_model(Config("tiny", 96, tokenizer.n_vocab, 16, tokenizer.eot_token)).eval()
+    for block in model.decoder.blocks:
+        torch.nn.init.zeros_(block.cross.q.weight)
+    image = torch.randint(256, (1, 96, 96, 3), generator=torch.Generator().manual_seed(0)).byte()
+    _, record = sample.watch(model, tokenizer, sample.caption_images(model, image, torch.tensor([3])))
+    assert record["side"] == 6
+    assert [len(base64.b64decode(step["maps"])) for step in record["steps"]] == [3 * 36, 2 * 36, 36]
+    assert set(base64.b64decode(record["steps"][0]["maps"])) == {255}
 
 
 def test_captions_end_where_they_should():
     """A caption shorter than others of its batch is the one it is alone: what follows its end is EOS."""
-    for pads in ("hidden", "eos"):
-        model, tokenizer, _ = make_model(pads=pads)
-        images = torch.randint(256, (3, 32, 32, 3), generator=torch.Generator().manual_seed(1)).byte()
-        lengths = torch.tensor([2, 7, 5])
-        together = sample.captions_of(model, images, lengths, tokenizer)
-        alone = [sample.captions_of(model, images[i : i + 1], lengths[i : i + 1], tokenizer)[0] for i in range(3)]
-        assert together == alone
-        *_, (tokens, mask) = sample.caption_images(model, images, lengths)
-        shown = [sample.show(tokenizer, *row) for row in zip(tokens, mask, strict=True)]
-        assert shown == together and not mask.any()
+    model, tokenizer, _ = make_model()
+    images = torch.randint(256, (3, 32, 32, 3), generator=torch.Generator().manual_seed(1)).byte()
+    lengths = torch.tensor([2, 7, 5])
+    together = sample.captions_of(model, images, lengths, tokenizer)
+    alone = [sample.captions_of(model, images[i : i + 1], lengths[i : i + 1], tokenizer)[0] for i in range(3)]
+    assert together == alone
+    *_, (tokens, mask) = sample.caption_images(model, images, lengths)
+    shown = [sample.show(tokenizer, *row) for row in zip(tokens, mask, strict=True)]
+    assert shown == together and not mask.any()
+
+
+def test_a_training_example_shows_what_is_masked():
+    _, tokenizer, _ = make_model()
+    tokens = torch.tensor([*tokenizer.encode_ordinary("a red dog"), *[tokenizer.eot_token] * 3])
+    valid = torch.arange(len(tokens)) < len(tokens) - 2
+    mask = tokens == tokenizer.encode_ordinary(" red")[0]
+    text = sample.show_example(tokens, mask, valid, tokenizer, "mdc", ratio=0.25)
+    assert "a red dog\n" in text and "a _ dog " in text and "0.25" in text
+    assert text.count(str(tokenizer.eot_token)) == 1, "no pads"
+    for objective in ("ar", "clip"):
+        text = sample.show_example(tokens, mask, valid, tokenizer, objective)
+        assert text == sample.show_example(tokens, None, valid, tokenizer, objective)
+        assert "a red dog" in text and "_" not in text and objective in text
+
+
+def greens(sheet):
+    """Has the text below each of the twelve images green pixels?"""
+    cells = np.array(sheet).reshape(3, 360, 4, 200, 3)[:, 192:].swapaxes(1, 2).reshape(12, -1, 3)
+    return (cells == (0, 128, 0)).all(-1).any(1)
+
+
+def test_the_report_judges_captions_of_shapes(shapes, tmp_path):
+    val = data.open_split(shapes, "shapes", "val")
+    torch.manual_seed(0)
+    model = build_model(Config("tiny", 16, val.tokenizer.n_vocab, 16, val.tokenizer.eot_token)).eval()
+    assert sample.report(model, val, 0, val.lengths, tmp_path / "samples.png") == {"exact": 0.0}
+    sheet = data.open_image(tmp_path / "samples.png")
+    assert sheet.size == (4 * 200, 3 * 360), "twelve images"
+    assert not greens(sheet).any()
+    with mock.patch("sample.captions_of") as made:
+        texts = [data.decode_caption(val.tokenizer, val.captions(i)[0]) for i in range(150)]
+        made.side_effect = [[*texts[:5], "wrong", *texts[6:]]]
+        assert sample.report(model, val, 0, val.lengths, tmp_path / "samples.png") == {"exact": 149 / 150}
+    assert np.flatnonzero(greens(data.open_image(tmp_path / "samples.png"))).tolist() == [0, 1, 2, 3, 4, *range(6, 12)]
 
 
 @pytest.fixture(scope="module")
 def call(tmp_path_factory):
-    """call(objective, words...) -> the lines that sample.py prints about two drawings."""
+    """call(objective, words...) -> the lines that sample.py prints about three drawings."""
     folder = tmp_path_factory.mktemp("sample")
-    for seed in range(2):
+    for seed in range(3):
         data.draw_shapes(seed, 32)[0].save(folder / f"{seed}.png")
 
-    def run(objective, *words):
-        model, _, spec = make_model(objective)
-        torch.save(
-            {
-                "model": model.state_dict(),
-                "config": asdict(model.config),
-                "options": {"ratios": (0.5, 1.0)},
-                "lengths": {5: 3, 7: 1},
-                "tokenizer": spec,
-            },
-            folder / "ckpt.pt",
-        )
-        command = ["sample.py", "--ckpt", folder / "ckpt.pt", folder, *words]
+    def run(objective, *words, source=folder):
+        command = ["sample.py", "--ckpt", write_checkpoint(folder / "ckpt.pt", objective), source, *words]
         with mock.patch("sys.argv", [*map(str, command)]), contextlib.redirect_stdout(io.StringIO()) as said:
             sample.main()
         return [line.partition("\t")[2] for line in said.getvalue().splitlines() if "\t" in line] or said.getvalue()
@@ -193,17 +226,24 @@ def call(tmp_path_factory):
     return run
 
 
+def write_checkpoint(path, objective="mdc", **config):
+    model, _, spec = make_model(objective)
+    config = asdict(model.config) | config
+    torch.save({"model": model.state_dict(), "config": config, "lengths": {5: 3, 7: 1}, "tokenizer": spec}, path)
+    return path
+
+
 def test_every_sampler_from_the_command_line(call):
     def blanks(*words):
         return [line.count("_") for line in call("mdc", "--trace", "--count", 1, *words)]
 
     assert blanks() == blanks("--order", "random") == [5, 4, 3, 2, 1, 0], "the median of the training captions"
-    assert blanks("--steps", 2, "--length", 8) == [8, 4, 0]
-    falling = blanks("--order", "ancestral", "--steps", 3, "--length", 12)
+    assert blanks("--steps", 2, "--prompt", "___ " * 8) == [8, 4, 0]
+    falling = blanks("--order", "ancestral", "--steps", 3, "--prompt", "___ " * 12)
     assert len(falling) == 4 and falling[0] == 12 and falling[-1] == 0 and falling == sorted(falling)[::-1]
     left_to_right = call("mdc", "--trace", "--count", 1, "--order", "left-to-right")
     assert not any("_" in line.rstrip(" _") for line in left_to_right), "masks are at the end only"
-    assert call("mdc", "--length", "draw", "--temperature", 1) == call("mdc", "--length", "draw", "--temperature", 1)
+    assert call("mdc", "--temperature", 1) == call("mdc", "--temperature", 1)
     assert call("mdc", "--temperature", 1, "--seed", 1) != call("mdc", "--temperature", 1, "--seed", 2)
     assert all(text.startswith("a") and " on" in text for text in call("mdc", "--prompt", "a ___ on ___"))
     lines = call("ar", "--trace", "--count", 1)
@@ -213,17 +253,110 @@ def test_every_sampler_from_the_command_line(call):
 @pytest.mark.parametrize(
     "objective, columns",
     [
-        ("mdc", "bound|a token|gain|+ length|trained t|parallel|leave 1 out"),
-        ("ar", "log p|a token|gain"),
+        ("mdc", "bound|+ length|per token|visual gain"),
+        ("ar", "log p|per token|visual gain"),
         ("clip", "cosine"),
     ],
 )
 def test_scores_have_all_columns(call, objective, columns):
-    said = call(objective, "--score", "a dog", "a red dog on", "--draws", 3)
+    said = call(objective, "--score", "a dog", "a red dog on")
     heads = [line.split("  ") for line in said.splitlines() if line.endswith("   caption")]
-    assert [[name.strip() for name in head if name] for head in heads] == [[*columns.split("|"), "caption"]] * 2
+    assert [[name.strip() for name in head if name] for head in heads] == [[*columns.split("|"), "caption"]] * 3
 
 
-def test_an_image_to_score_that_is_not_there_is_no_caption(call):
-    with pytest.raises(UserError, match="nowhere.jpg: no such file"):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_visual_gain_compares_with_all_images_of_the_command(call, batch_size):
+    said = call("ar", "--score", "a dog", "--batch-size", batch_size).splitlines()
+    rows = np.array([[float(x) for x in line.split()[:3]] for line in said if line.endswith("   a dog")])
+    log_p, _, gain = rows.T
+    assert len(rows) == 3 and np.ptp(log_p) > 0.01 and (gain <= np.log(3)).all()
+    np.testing.assert_allclose(gain, log_p - np.log(np.exp(log_p).mean()), atol=2e-3)
+    assert "visual gain" not in call("ar", "--score", "a dog", "--count", 1), "there is no other image"
+
+
+def test_an_image_to_score_that_is_not_there_is_no_caption(call, capsys):
+    with pytest.raises(SystemExit) as end:
         call("mdc", "--score", "a dog", "nowhere.jpg")
+    assert end.value.code == 1 and "nowhere.jpg: no such file" in capsys.readouterr().err
+    with pytest.raises(UserError, match="captions"):
+        call("mdc", "--score", "nowhere.jpg")
+
+
+def bad_folder(path):
+    """Two sound images, one cut short, and files that operating systems leave."""
+    (path / "inner").mkdir(parents=True)
+    for name in ("a.png", "inner/b#1.png", "cut.png"):
+        data.draw_shapes(0, 32)[0].save(path / name)
+    (path / "cut.png").write_bytes((path / "cut.png").read_bytes()[:200])
+    (path / "._a.png").write_bytes(bytes(200))
+    (path / ".DS_Store").write_bytes(bytes(200))
+    (path / "notes.txt").write_text("no image")
+    return path
+
+
+@pytest.mark.parametrize("words, printed", [((), 2), (("--batch-size", 1), 2), (("--score", "a dog"), 2)])
+def test_images_that_cannot_be_read_are_named_and_skipped(tmp_path, capsys, words, printed):
+    folder = bad_folder(tmp_path / "in")
+    command = ["sample.py", "--ckpt", write_checkpoint(tmp_path / "ckpt.pt"), folder, *words]
+    with mock.patch("sys.argv", [*map(str, command)]), pytest.raises(SystemExit) as end:
+        sample.main()
+    said = capsys.readouterr()
+    assert end.value.code == 1
+    assert said.err.splitlines() == [f"error: {folder}/cut.png: image data is broken"]
+    names = [line.partition("\t")[0] for line in said.out.splitlines() if line.startswith(str(folder))]
+    assert names == [f"{folder}/a.png", f"{folder}/inner/b#1.png"]
+
+
+def test_a_page_leaves_out_images_that_cannot_be_read(tmp_path, capsys):
+    folder = bad_folder(tmp_path / "in")
+    command = ["sample.py", "--ckpt", write_checkpoint(tmp_path / "ckpt.pt"), folder, "--html", tmp_path / "page.html"]
+    with mock.patch("sys.argv", [*map(str, command)]), pytest.raises(SystemExit) as end:
+        sample.main()
+    assert end.value.code == 1 and len(capsys.readouterr().err.splitlines()) == 1, "named once"
+    text = (tmp_path / "page.html").read_text().partition("const DATA = ")[2].partition(";\n")[0]
+    content = json.loads(text)
+    assert [image["name"] for image in content["images"]] == [f"{folder}/a.png", f"{folder}/inner/b#1.png"]
+    assert all(image["steps"] and image["tokens"] for image in content["images"])
+
+
+def test_nothing_to_caption_is_an_error(tmp_path, call, capsys):
+    folder = bad_folder(tmp_path / "in")
+    with pytest.raises(SystemExit) as end:
+        call("mdc", source=folder / "cut.png")
+    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "._a.png").write_bytes(bytes(200))
+    with pytest.raises(UserError, match="empty: no jpg, png or webp"):
+        call("mdc", tmp_path / "empty")
+
+
+def test_checkpoints_of_other_versions_are_refused(tmp_path):
+    path = write_checkpoint(tmp_path / "ckpt.pt", pads="hidden")
+    with pytest.raises(UserError, match="not a checkpoint of this version") as problem:
+        sample.load_captioner(path)
+    assert "\n" not in str(problem.value)
+
+
+def test_metrics_of_the_test_split(shapes, tmp_path, capsys):
+    shutil.copytree(shapes / "shapes" / "val", tmp_path / "shapes" / "test")
+    spec = json.loads((tmp_path / "shapes" / "test" / "meta.json").read_text())["tokenizer"]
+    tokenizer = data.load_tokenizer(spec)
+    model = build_model(Config("tiny", 16, tokenizer.n_vocab, 16, tokenizer.eot_token))
+    saved = {"model": model.state_dict(), "config": asdict(model.config), "lengths": {13: 1}, "tokenizer": spec}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    words = ["--dataset", "shapes", "--data-dir", tmp_path, "--split", "test", "--count", 4, "--metrics"]
+    with mock.patch("sys.argv", ["sample.py", "--ckpt", str(tmp_path / "ckpt.pt"), *map(str, words)]):
+        sample.main()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 6 and "lower case" in said[-2]
+    assert said[-1].startswith("BLEU-1 0.") and "CIDEr-D" in said[-1]
+
+
+def test_a_split_without_images_is_an_error(shapes, tmp_path):
+    """A small training set has no held-out images."""
+    shutil.copytree(shapes / "shapes" / "train", tmp_path / "shapes" / "train")
+    meta = json.loads((tmp_path / "shapes" / "train" / "meta.json").read_text())
+    (tmp_path / "shapes" / "train" / "meta.json").write_text(json.dumps(meta | {"held_out": 0}))
+    words = ["--ckpt", write_checkpoint(tmp_path / "ckpt.pt"), "--dataset", "shapes", "--data-dir", tmp_path]
+    with mock.patch("sys.argv", ["sample.py", *map(str, words)]), pytest.raises(UserError, match="no val images"):
+        sample.main()
