@@ -116,7 +116,7 @@ def number_type(kind, fits, expected):
             number = kind(text)
             if fits(number) and number < 1 << 63:
                 return number
-        raise argparse.ArgumentTypeError(f"{text:.99}: expected {expected}")
+        raise argparse.ArgumentTypeError(f"{text:.99}: expected {expected}, below 2^63")
 
     return parse
 
