@@ -35,14 +35,19 @@ WORKERS, ROUNDS, PAUSE, BATCH, SIDE, SCALE, COUNT, TARS = 2, 9, 3, 64, 224, 0.5,
 TOKENIZER = "gpt2" if "TIKTOKEN_CACHE_DIR" in os.environ else "words:500"
 
 
+def jpegs_of(tar):
+    """The bytes of all JPEGs of a tar."""
+    with tarfile.open(tar) as file:
+        return [file.extractfile(member).read() for member in file if member.name.endswith(".jpg")]
+
+
 def pictures(short_side):
     """COUNT JPEGs whose short side is `short_side`, 4 : 3, of the sizes that photographs have (q 90: 30 kB at 256)."""
     rng = np.random.default_rng(0)
     photographs = itertools.cycle([None])
     if "MDC_TEST_DATA" in os.environ:
         tar = Path(os.environ["MDC_TEST_DATA"], "flickr8k-train-00000.tar")
-        files = data.read_samples(("tar", tar), data.MAX_BYTES, data.Counter())
-        photographs = itertools.cycle([files["jpg"] for _, files, _ in itertools.islice(files, 256)])
+        photographs = itertools.cycle(jpegs_of(tar)[:256])
     size = (short_side * 4 // 3, short_side)
     grain = rng.normal(0, 6, (short_side + 64, size[0] + 64, 1))
     for _, photograph in zip(range(COUNT), photographs, strict=False):
@@ -213,8 +218,7 @@ def bench_webdataset_2x():
 def bench_prepare():
     """data.py, tars to shards, of bare decode + resize + encode in as many processes: goal 0.85."""
     folder, _ = material()
-    files = [data.read_samples(("tar", tar), data.MAX_BYTES, data.Counter()) for tar in folder.glob("large/*")]
-    jpegs, names = [files["jpg"] for _, files, _ in itertools.chain(*files)], itertools.count()
+    jpegs, names = [jpeg for tar in folder.glob("large/*") for jpeg in jpegs_of(tar)], itertools.count()
     peer = bare(decode_and_encode, jpegs, WORKERS)
     functions = {"ours": (lambda _: prepare(folder, f"again{next(names)}"), idle), "bare": (peer, idle)}
     wall = compare(functions, COUNT, time.perf_counter)
