@@ -52,7 +52,7 @@ class Config:
     size: str = "tiny"  # a key of SIZES
     image_size: int = 64  # S, pixels, square
     vocab_size: int = 50257  # V, without [MASK]
-    max_tokens: int = 64  # longest caption in tokens, its end-of-sequence token included
+    max_tokens: int = 64  # longest caption, its end-of-sequence token included
     eos: int = 50256  # the token that ends a caption
     objective: str = "mdc"  # "ar": causal decoder; "clip": Contrastive; "mdc": all others
 
@@ -237,29 +237,29 @@ class TextDecoder(Text):
         self.head = nn.Linear(SIZES[config.size].width, columns)
 
     def read(self, features):
-        """features [B,N,D] -> for every block the keys and values of cross-attention, each
-        [B,N,D]."""
+        """features [B,N,D] -> cross-attention's keys and values of every block, each [B,N,D]."""
         return [block.cross.kv(features).chunk(2, dim=-1) for block in self.blocks]
 
     def forward(self, memory, tokens, mask, valid, where=None):
         """Logits [K,V] of the K masked tokens, in row-major order.
 
         memory  from `read`
-        tokens  [B,T] int; what stands at masked positions does not matter, nor what stands at pads
+        tokens  [B,T] int; their values at masked positions and pads do not matter
         mask    [B,T] bool, True where a token is hidden and asked for
-        valid   [B,T] bool, False at pads, which nothing looks at; every caption has a valid token
-        where   [K] int, flat positions of the masked tokens. To count them on a GPU, the program has
-                to wait for it, so training passes those that it found on the CPU
+        valid   [B,T] bool, False at pads, which nothing looks at
+        where   [K] int, flat positions of the masked tokens. To count them on a GPU, the
+                program has to wait for it; training counts on the CPU and passes them
 
-        An autoregressive decoder asks for the same logits but sees the image and the tokens
-        before a position, whatever the mask."""
+        An autoregressive decoder gives the same logits from the image and the tokens before
+        each position, whatever the mask."""
         if where is None:
             where = mask.flatten().nonzero().squeeze(1)
         if self.causal:
             # Shift right: each position gets the token before it, the first one [MASK].
             tokens = tokens.roll(1, dims=1)
             tokens[:, 0] = self.mask_id
-            visible = torch.ones_like(mask[0]).expand(len(mask[0]), -1).tril()[None]  # [1,T,T]
+            T = tokens.shape[1]
+            visible = valid.new_ones(1, T, T).tril()
         else:
             tokens = tokens.masked_fill(mask, self.mask_id)
             visible = valid[:, None, :]  # [B,1,T]
@@ -287,14 +287,8 @@ def init_weights(model):
             nn.init.xavier_uniform_(parameter.flatten(1))
 
 
-def to_unit(images):
-    """Pixels of the loader [B,S,S,3] uint8 -> [B,3,S,S] float in [-1,1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 class Captioner(nn.Module):
-    """Image encoder f_phi and text decoder g_psi: the paper's h = g_psi(f_phi(image),
-    caption)."""
+    """Image encoder f_phi and text decoder g_psi, the paper's h = g_psi(f_phi(image), caption)."""
 
     def __init__(self, config):
         super().__init__()
@@ -305,7 +299,7 @@ class Captioner(nn.Module):
 
     def encode(self, images):
         """images [B,S,S,3] uint8 -> patch features [B,N,D]."""
-        return self.encoder(to_unit(images))
+        return self.encoder(images.permute(0, 3, 1, 2).float() / 127.5 - 1)  # to [-1,1]
 
     def forward(self, images, tokens, mask, valid, where=None):
         """images [B,S,S,3] uint8 and captions -> logits [K,V]; see TextDecoder.forward."""
