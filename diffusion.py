@@ -179,13 +179,13 @@ ORDERS = ("confidence", "random", "left-to-right", "ancestral")
 
 
 def draw_tokens(logits, temperature=0.0, generator=None):
-    """One token per row of logits [K,V]: the likeliest (temperature 0), or a draw from
-    softmax(logits / temperature) -> tokens [K] and their probabilities [K] at temperature 1.
+    """The likeliest token of each row of logits [K,V] (temperature 0), or a draw from
+    softmax(logits / temperature) -> tokens [K] and their probabilities [K] at temperature 1,
+    by which LLaDA ranks positions.
 
     The draw is argmax(logits + temperature * Gumbel noise) in float64: float32 cannot
-    represent the large values of the noise that rare tokens need, which silently lowers the
-    temperature (Zheng et al. 2024). LLaDA ranks positions by the *unperturbed* probability,
-    so this is returned."""
+    represent the large noise that rare tokens need, which silently lowers the temperature
+    (Zheng et al. 2024)."""
     logits = logits.float()
     if temperature > 0:
         uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator)
