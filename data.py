@@ -1,9 +1,6 @@
 """Makes shards of captioned images, and batches of shards.
 
-    python data.py --dataset shapes                        # synthetic images
     python data.py --dataset cc3m --source 'cc3m/*.tar'    # img2dataset or WebDataset tars
-    python data.py --dataset coco --split val --source coco --captions dataset_coco.json
-    python data.py --dataset cc3m --stats                  # lengths of the captions
 
 Images are resized and captions tokenized once. DATA_DIR/DATASET/SPLIT has
 
@@ -52,13 +49,12 @@ DATASETS = {
 FORMAT = 4
 RECORD = np.dtype([("key", "S48"), ("shard", "<i4"), ("start", "<i8"), ("image_bytes", "<i4"),
                    ("tokens", "<i4"), ("held_out", "|b1")])
-HELD_OUT, HELD_OUT_MOST = 0.005, 10_000
+HELD_OUT = 0.005  # share of the images
 UNIT_SAMPLES = 2048  # in a shard; a tar becomes one shard
 MIN_SIDE, MEGAPIXELS, MAX_RATIO = 8, 50, 10  # of images that are read
 SMALL = 64  # least side of stored images, in pixels; up to this size PPM, faster than JPEG
 IMAGE_TYPES, TEXT_TYPES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 1 << 25) | dict.fromkeys(TEXT_TYPES, 1 << 20)
-DISK_FULL = ("No space left", "Disk quota exceeded", "File too large")
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints"}
 
 BAD_FILE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
@@ -77,7 +73,7 @@ class BadSample(Exception):
 def run(main):
     """Call main(); errors but bugs become one line."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
@@ -94,8 +90,8 @@ def run(main):
             message = f"{lines[0]}: try a smaller --micro-batch or --batch-size"
         elif "DataLoader worker (pid" in lines[0]:
             message = "a worker was killed (memory?): try fewer --workers"
-        elif any(text in message for text in DISK_FULL):
-            message += ": make room, then type the command again"
+        elif re.search("No space left|Disk quota exceeded|File too large", message):
+            message += ": make room, then try again"
         elif not isinstance(problem, UserError) and not re.search(r"\[Errno.*: '", message):
             raise  # a bug
         print(f"error: {message}", file=sys.stderr)
@@ -152,8 +148,8 @@ def load_tokenizer(spec):
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError):  # no network, a damaged cache, an unknown name
-        raise UserError(f"tokenizer {name!r} is unknown or not in TIKTOKEN_CACHE_DIR: copy it "
-                        "there, or use --tokenizer words:8000") from None
+        raise UserError(f"tokenizer {name!r} is unknown or not in TIKTOKEN_CACHE_DIR: "
+                        "copy it there, or use words:8000") from None
 
 
 def words_tokenizer(name, counts):
@@ -177,8 +173,8 @@ def decode_caption(tokenizer, tokens):
 
 # ---- images
 def open_image(file, short_side=None):
-    """File name or binary file -> upright RGB PIL image; of a JPEG, perhaps reduced to not less
-    than `short_side`. Raises BadSample, whatever the file contains."""
+    """File name or binary file -> upright RGB PIL image, perhaps reduced to `short_side` or more.
+    Raises BadSample, whatever the file contains."""
     PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -194,12 +190,16 @@ def open_image(file, short_side=None):
         with contextlib.suppress(Exception):  # broken EXIF
             ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
+    except BadSample:
+        raise
+    except FileNotFoundError:
+        reason = "no such file"
+    except Image.UnidentifiedImageError:
+        reason = "not a JPEG, PNG or WebP image"
     except Exception as problem:  # decoders raise a dozen types
-        reasons = {BadSample: str(problem), FileNotFoundError: "no such file",
-                   Image.UnidentifiedImageError: "not a JPEG, PNG or WebP image"}
-        reason = reasons.get(type(problem), "image data is broken")
-        reason = "PNG metadata above 16 MB" if "MAX_TEXT" in str(problem) else reason
-        raise BadSample(reason) from None
+        large = "MAX_TEXT" in str(problem)
+        reason = "PNG metadata above 16 MB" if large else "image data is broken"
+    raise BadSample(reason)
 
 
 def to_rgb(image):
@@ -215,11 +215,9 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def crop_square(image, side, box=None):
-    """Box (default: central square) of a PIL image -> uint8 [side,side,3]."""
-    if box:
-        image = image.resize((side, side), Image.Resampling.BICUBIC, box)
-    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC))
+def crop_square(image, side):
+    """Central square of a PIL image -> uint8 [side,side,3]."""
+    return np.asarray(ImageOps.fit(image, (side, side), Image.BICUBIC))
 
 
 def random_crop_box(size, scale, rng):
@@ -275,7 +273,7 @@ def draw_shapes(seed, pixels):
     else:
         draw.regular_polygon((x, y, 1.2 * r), 4 if form == "square" else 3, fill=fill)
 
-    image = np.asarray(image.resize((pixels, pixels), Image.Resampling.BOX))
+    image = np.asarray(image.resize((pixels, pixels), Image.BOX))
     image = image + rng.normal(0, 4, image.shape)
     article = "an" if background == "orange" else "a"
     caption = (f"a {size} {colour} {form} at the {ROWS[row]} {COLUMNS[column]} "
@@ -295,15 +293,15 @@ def is_junk(path):
     return any(part in JUNK or part[:2] == "._" for part in str(path).lower().split("/"))
 
 
-def list_files(folder, entered):
-    """All files below a folder, also through links, without folders in the set `entered`."""
-    real = os.path.realpath(folder)
-    names = [] if real in entered else sorted(os.listdir(folder))
+def list_files(path, entered):
+    """A file, or all below a folder, also through links, without folders in the set `entered`."""
+    if not os.path.isdir(path):
+        return [path]
+    real = os.path.realpath(path)
+    names = [] if real in entered else sorted(os.listdir(path))
     entered.add(real)
-    files = []
-    for path in [os.path.join(folder, name) for name in names if not is_junk(name)]:
-        files += list_files(path, entered) if os.path.isdir(path) else [path]
-    return files
+    paths = [os.path.join(path, name) for name in names if not is_junk(name)]
+    return [file for path in paths for file in list_files(path, entered)]
 
 
 def group_files(files):
@@ -338,8 +336,8 @@ def describe(path):
     return [os.path.basename(path), status.st_size, int(status.st_mtime)]
 
 
-def split_list(values):
-    return [values[i:i + UNIT_SAMPLES] for i in range(0, len(values), UNIT_SAMPLES)]
+def split_units(source, values):
+    return [(source, values[i:i + UNIT_SAMPLES]) for i in range(0, len(values), UNIT_SAMPLES)]
 
 
 def find_units(dataset, split, source, captions):
@@ -348,27 +346,22 @@ def find_units(dataset, split, source, captions):
     if dataset == "shapes":
         first = 0 if split == "train" else 1 << 32
         seeds = range(first, first + SHAPES_SAMPLES[split])
-        return [("shapes", part) for part in split_list(seeds)], f"{seeds}"
+        return split_units("shapes", seeds), f"{seeds}"
 
     files = []
     entered = set()
     for path in find_sources(source or []):
-        if os.path.isdir(path):
-            files += list_files(path, entered)
-        elif split_name(path)[1] == "tar" and not captions:
-            files.append(path)
-        else:
+        if not os.path.isdir(path) and (captions or split_name(path)[1] != "tar"):
             raise UserError(f"--source {path}: expected a folder, or without --captions a .tar")
+        files += list_files(path, entered)
     tars = []
     if captions:
         samples = place_table(read_table(captions, split), files)
     else:
         tars = sorted({path for path in files if split_name(path)[1] == "tar"})
         folders = {os.path.dirname(path) for path in files if split_name(path)[1] in IMAGE_TYPES}
-        files = [path for path in files if os.path.dirname(path) in folders]
-        samples = group_files((path, (path,)) for path in files)
-    units = [("tar", path) for path in tars]
-    units += [("files", part) for part in split_list(samples)]
+        samples = group_files((path, (path,)) for path in files if os.path.dirname(path) in folders)
+    units = [("tar", path) for path in tars] + split_units("files", samples)
     if not units:
         raise UserError("--source: expected tars, or images with .txt, .json or --captions")
 
@@ -406,7 +399,6 @@ def tar_members(file, skipped):
 
 
 # ---- tables of captions
-FILE_NAME = re.compile(r"(.*\.[A-Za-z]\w{1,4})(#\d+)?")  # Flickr: name.jpg#0
 TABLES = "JSON of COCO or Karpathy, [{image, caption}, ...], or lines `image,caption`"
 
 
@@ -463,9 +455,9 @@ def text_rows(text):
         if len(row) != columns:
             raise ValueError(f"line {reader.line_num:,} ({mark.join(row):.80}) has {len(row)} "
                              f"columns, not {columns}")
-        file_name = FILE_NAME.fullmatch(row[0].strip())
-        if file_name or reader.line_num > 1:  # not the header
-            yield file_name[1] if file_name else row[0], row[-1]
+        name = re.sub(r"(\.[A-Za-z]\w+)#\d+$", r"\1", row[0].strip())  # Flickr: name.jpg#0
+        if reader.line_num > 1 or re.search(r"\.\w{2,5}$", name):  # not the header
+            yield name, row[-1]
 
 
 def place_table(table, files):
@@ -475,12 +467,12 @@ def place_table(table, files):
         by_name[os.path.basename(path)].append(path)
     samples = []
     for name, captions in table:
-        stem, kind = split_name(name)
         paths = by_name[os.path.basename(name)]
         paths = [path for path in paths if path.endswith("/" + name)] or paths
         if len(paths) > 1:
             raise UserError(f"--captions: {name} is both of {listed(paths)}: use one --source")
-        samples.append((stem, [(kind, (path,)) for path in paths if kind in IMAGE_TYPES], captions))
+        stem, kind = split_name(name)
+        samples.append((stem, [(kind, (path,)) for path in paths], captions))
     return samples
 
 
@@ -507,6 +499,13 @@ def find_captions(files):
     return [caption for caption in captions if isinstance(caption, str)]
 
 
+def encode_image(image, image_size):
+    image.info = {}  # JPEG would keep comments
+    file = io.BytesIO()
+    image.save(file, "PPM" if image_size <= SMALL else "JPEG", quality=90)
+    return file.getvalue()
+
+
 def store_image(files, image_size):
     """{type: bytes} -> bytes of the resized image"""
     contents = [files[kind] for kind in IMAGE_TYPES if kind in files]
@@ -514,25 +513,19 @@ def store_image(files, image_size):
         raise BadSample("no image")
     side = max(SMALL, round(image_size * 8 / 7))
     image = open_image(io.BytesIO(contents[0]), side)
-    image.info = {}  # JPEG would keep comments
     if min(image.size) > side:
-        image = ImageOps.cover(image, (side, side), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    image.save(file, "PPM" if image_size <= SMALL else "JPEG", quality=90)
-    return file.getvalue()
+        image = ImageOps.cover(image, (side, side), Image.BICUBIC)
+    return encode_image(image, image_size)
 
 
 def read_samples(unit, skipped, image_size=None):
-    """Yield (key, image to store, captions) of a unit; `skipped` counts others. Without image_size
+    """Yield (key, stored image, captions) of a unit; `skipped` counts others. Without image_size
     only captions are read."""
     source, content = unit
     if source == "shapes":
         for seed in content:
             image, caption = draw_shapes(seed, image_size or MIN_SIDE)
-            file = io.BytesIO()
-            image.save(file, "PPM")
-            files = {"png": file.getvalue()}
-            yield f"{seed:012d}", image_size and store_image(files, image_size), [caption]
+            yield f"{seed:012d}", encode_image(image, image_size or MIN_SIDE), [caption]
         return
     if source == "tar":
         with open(content, "rb") as file:
@@ -634,13 +627,13 @@ def choose_tokenizer(folder, units, name):
         return {"name": name}
     counts = Counter()
     for unit in tqdm(units, "captions"):
-        for _, _, captions in read_samples(unit, Counter()):
-            counts.update(piece for caption in captions for piece in re.findall(PIECE, caption))
+        for *_, captions in read_samples(unit, Counter()):
+            counts.update(re.findall(PIECE, "\n".join(captions)))
     return words_tokenizer(name, counts)
 
 
 def make_split(folder, units, plan, workers):
-    """Write the shards and then meta.json of a split -> the latter."""
+    """Write the shards of a split, then meta.json."""
     plan = plan | {"tokenizer": choose_tokenizer(folder, units, plan["tokenizer"])}
     (folder / "meta.json").unlink(missing_ok=True)
     lengths, skipped = Counter(), Counter()
@@ -668,15 +661,12 @@ def make_split(folder, units, plan, workers):
     for path in folder.glob("[0-9]*"):
         if path.name not in sizes:
             path.unlink()
-    return meta
 
 
 def prepare(dataset, split, data_dir="data", source=None, captions=None, image_size=224,
             tokenizer="gpt2", workers=None, fresh=False):
     """Make what is missing of a split -> meta.json. A finished split is compared with its sources
     if they exist. Raises UserError."""
-    if image_size > 4096:
-        raise UserError(f"--image-size {image_size}: expected at most 4096 pixels")
     folder = Path(data_dir) / dataset / split
     finished = (folder / "meta.json").exists() and not fresh
     plan = {"format": FORMAT, "image_size": image_size, "tokenizer": tokenizer}
@@ -690,7 +680,7 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, image_s
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder, wait=dataset == "shapes"):  # all ranks of train.py make shapes
             if fresh or not (folder / "meta.json").exists():
-                return make_split(folder, units, plan, workers)
+                make_split(folder, units, plan, workers)
     meta = Shards(folder).meta
     was = meta | {"tokenizer": meta["tokenizer"]["name"]}
     for key in plan:
@@ -704,9 +694,9 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, image_s
 
 # ---- reading shards
 class Shards:
-    """Memory-mapped samples of a split, or its part "held_out" or "train". Raises UserError."""
+    """Memory-mapped samples of a split. Raises UserError."""
 
-    def __init__(self, folder, part="all"):
+    def __init__(self, folder):
         self.folder = Path(folder)
         self.maps = {}
         file = self.folder / "meta.json"
@@ -719,17 +709,15 @@ class Shards:
             self.tokenizer = load_tokenizer(self.meta["tokenizer"])
             self.lengths = {int(length): int(n) for length, n in self.meta["lengths"].items()}
             self.sizes = self.meta["bytes"]
-            samples, held_out = int(self.meta["samples"]), int(self.meta["held_out"])
-            if self.meta["format"] != FORMAT or not 0 <= held_out <= samples:
+            self.rows = range(self.meta["samples"])
+            if (self.meta["format"] != FORMAT or self.meta["held_out"] not in range(len(self) + 1)
+                    or self.sizes["samples.bin"] != len(self) * RECORD.itemsize):
                 raise ValueError("format or counts are wrong")
-            for name, size in {**self.sizes, "samples.bin": samples * RECORD.itemsize}.items():
-                if not os.path.getsize(self.folder / name) == size == self.sizes[name]:
+            for name, size in self.sizes.items():
+                if os.path.getsize(self.folder / name) != size:
                     raise ValueError(f"{name} does not have {size:,} bytes")
         except BAD_FILE as problem:
             raise self.damaged(f"{type(problem).__name__}: {problem}") from None
-        end = samples - min(held_out, HELD_OUT_MOST)
-        parts = {"all": range(samples), "train": range(end), "held_out": range(end, samples)}
-        self.rows = parts[part]
 
     def __len__(self):
         return len(self.rows)
@@ -786,7 +774,10 @@ def open_split(data_dir, dataset, split):
     folder = Path(data_dir) / dataset
     if split == "test" or (folder / "val" / "meta.json").exists():
         return Shards(folder / split)
-    return Shards(folder / "train", "train" if split == "train" else "held_out")
+    shards = Shards(folder / "train")
+    end = len(shards) - shards.meta["held_out"]
+    shards.rows = shards.rows[:end] if split == "train" else shards.rows[end:]
+    return shards
 
 
 # ---- batches
@@ -849,10 +840,9 @@ class Batches(torch.utils.data.Dataset):
         T = min(math.ceil(length.max(initial=1) / 8) * 8, self.max_tokens)
         valid = np.arange(T) < length[:, None]
         batch = {"images": images, "tokens": tokens[:, :T], "valid": valid, "noise": noise[:, :T],
+                 "u": np.array(random_stream(self.seed, TIME, step).random()),
                  "strata": places / size, "length": length}
-        batch = {name: torch.from_numpy(array).contiguous() for name, array in batch.items()}
-        u = random_stream(self.seed, TIME, step).random()
-        return batch | {"u": torch.tensor(u, dtype=torch.float64)}
+        return {name: torch.from_numpy(array).contiguous() for name, array in batch.items()}
 
     def sample(self, number):
         """Sample `number` of all epochs -> image [S,S,3] uint8, caption, noise [max_tokens]."""
@@ -866,10 +856,10 @@ class Batches(torch.utils.data.Dataset):
         if len(caption) > self.max_tokens:
             caption = np.append(caption[:self.max_tokens - 1], caption[-1])
         image = self.shards.image(index, round(self.image_size / math.sqrt(self.crop_scale)))
-        box = None
         if self.augment and self.crop_scale < 1:
             box = random_crop_box(image.size, self.crop_scale, rng)
-        image = crop_square(image, self.image_size, box)
+            image = image.resize((self.image_size, self.image_size), Image.BICUBIC, box)
+        image = crop_square(image, self.image_size)
         if self.augment and self.flip and rng.random() < 0.5:
             image = image[:, ::-1]
         return image, caption, noise
@@ -888,25 +878,20 @@ def main():
     add("--data-dir", default="data", help="of the shards")
     add("--workers", type=positive_int, help="processes (default: one a core)")
     add("--fresh", action="store_true", help="make a finished split again")
-    add("--stats", action="store_true", help="only print the lengths of the captions")
     args = parser.parse_args()
     name = args.dataset
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"--dataset {name}: expected letters, digits, dots and dashes")
     preset = DATASETS.get(name, PHOTOGRAPHS)
-    if args.stats:
-        counts = open_split(args.data_dir, name, args.split).lengths
-        lengths = np.repeat(list(counts), list(counts.values()))
-        print(f"{len(lengths):,} captions of {lengths.mean():.1f} tokens; percentiles 5, 50, 95:",
-              np.percentile(lengths, (5, 50, 95)).round())
-        return
 
     for split in ("train", "val") if name == "shapes" else (args.split,):
         meta = prepare(name, split, args.data_dir, args.source, args.captions,
                        args.image_size or preset["image_size"],
                        args.tokenizer or preset["tokenizer"], args.workers, args.fresh)
-        print(f"{name}, {split}: {meta['samples']:,} images, {sum(meta['lengths'].values()):,} "
-              f"captions; skipped: {dict(meta['skipped']) or 'none'}")
+        lengths = np.repeat([*map(int, meta["lengths"])], [*meta["lengths"].values()])
+        print(f"{name}, {split}: {meta['samples']:,} images, {len(lengths):,} captions; skipped: "
+              f"{meta['skipped'] or 'none'}\ntokens of a caption: mean {lengths.mean():.1f}, "
+              f"percentiles 5, 50, 95: {np.percentile(lengths, (5, 50, 95)).round()}")
     print(f"next: python train.py --dataset {name} --data-dir {shlex.quote(args.data_dir)} "
           f"--image-size {meta['image_size']}")
 

@@ -1,7 +1,5 @@
 """The mathematics of masked diffusion: schedules, masks, losses, likelihood, samplers.
 
-    python -m pytest tests/test_diffusion.py        # the identities below, checked
-
 The forward process takes a caption x of L tokens and a time t in [0,1] and replaces each
 token by [MASK] independently, with probability 1 - alpha_t. In the linear schedule alpha_t = 1 - t,
 so t *is* the expected share of masked tokens. The decoder sees the other tokens and
@@ -10,7 +8,7 @@ the image, and minimizes the paper's objective
     L = E_{t ~ U[t_min, 1]} E_mask [ 1/t * sum_{i masked} -log p(x_i | x_masked, image) ]
 
 A position is masked with probability t and then weighs 1/t, which is 1 on average, at every t
-and at every position (the weight is -alpha'_t / (1 - alpha_t) in general). A left-to-right
+and position (weight of other schedules: -alpha'_t / (1 - alpha_t)). A left-to-right
 captioner can often predict late words from early ones without looking at the image. Sampling
 goes the other way: start from masks only, fill in the most confident word, repeat.
 
@@ -28,16 +26,19 @@ import torch.nn.functional as F
 # ---- schedules
 def linear(t):
     """alpha_t = 1 - t, the paper's: times t [...] -> masking ratio t, weight 1/t."""
-    return t, 1 / t
+    ratio = t
+    weight = 1 / t
+    return ratio, weight
 
 
 def cosine(t):
-    """alpha_t = 1 - cos(pi/2 (1 - t)), MD4's: more of the time at many masks, half of it
-    above 71 %.
+    """alpha_t = 1 - cos(pi/2 (1 - t)), MD4's: half of the time above 71 % of masks.
 
     Times t [...] -> masking ratio 1 - alpha_t, weight -alpha'_t / (1 - alpha_t)."""
     angle = math.pi / 2 * (1 - t)
-    return angle.cos(), math.pi / 2 * angle.tan()
+    ratio = angle.cos()
+    weight = math.pi / 2 * angle.tan()
+    return ratio, weight
 
 
 def unweighted(t):
@@ -52,9 +53,9 @@ def stratified_times(u, strata, t_min=0.5, t_max=1.0):
     """Times of a batch, one in each of B equal slices of (t_min, t_max] -> [B] float64.
 
     u is one number in [0,1) for the whole *global* batch, strata [B] is place / size of that
-    batch. Each time is uniform, and together they cover the interval evenly: less noise (the
-    idea is in the code of MD4 and of Kingma et al. 2021). Counted down from t_max,
-    so that t = 0, where nothing is masked and the weight is infinite, cannot come out."""
+    batch. Each time is uniform, and together they cover the interval evenly, which lowers the
+    noise (the idea is in the code of MD4 and of Kingma et al. 2021). Counted down from t_max:
+    t = 0, where nothing is masked and the weight is infinite, cannot come out."""
     return t_max - (t_max - t_min) * ((u + strata) % 1)
 
 
@@ -80,7 +81,7 @@ def mdc_loss(model, images, tokens, mask, valid, where, t, schedule=linear):
     by the number of masked tokens, which would cancel the 1/t."""
     logits = model(images, tokens, mask, valid, where)       # [K,V]
     nll = cross_entropy(logits, tokens.flatten()[where])     # [K]
-    caption = where // tokens.shape[1]                       # [K], whose token it is
+    caption = where // tokens.shape[1]                       # [K], caption of each token
     weight = schedule(t)[1][caption]                         # [K], 1/t
     return (weight * nll).sum()
 
@@ -100,7 +101,7 @@ def clip_loss(image, text, all_images, all_texts, scale, first=0):
     those of the global batch, in which this process's begin at `first`; scale is the inverse
     temperature."""
     targets = first + torch.arange(len(image), device=image.device)
-    with torch.autocast(image.device.type, enabled=False):  # bfloat16 is too coarse for logits of 100
+    with torch.autocast(image.device.type, enabled=False):  # logits reach 100: float32
         image_to_text = scale * image @ all_texts.T  # logits [b,B]
         text_to_image = scale * text @ all_images.T
     loss = F.cross_entropy(image_to_text, targets, reduction="sum")
@@ -109,58 +110,50 @@ def clip_loss(image, text, all_images, all_texts, scale, first=0):
 
 
 # ---- likelihood
-def scoring_masks(rule, length, noise=None, u=0.0):
-    """Masks [S,L] and weights [S]: a caption's score is sum_s weight_s * sum_masked log p.
+def scoring_masks(rule, valid, noise=None, u=None):
+    """Masks [B,S,T] and weights [B,S]: the score of a caption is the sum over s of
+    weight_s * sum_masked log p.
 
     "monte-carlo"    unbiased for a lower bound on log p(caption | image, length): exactly l
-                     tokens are masked, with l uniform in 1..L, and the sum weighs L/l (LLaDA,
-                     Nie et al. 2025). noise [S,T] picks the places, u in [0,1) shifts the
-                     strata from which l is drawn
+                     of L tokens are masked, with l uniform in 1..L, and the sum weighs L/l
+                     (LLaDA, Nie et al. 2025). noise [B,S,T] picks the places, u [B] in [0,1)
+                     shifts the strata from which l is drawn
     "parallel"       every token from the image alone, in one pass
     "leave-one-out"  every token from the image and all others: pseudo-likelihood"""
+    B, T = valid.shape
     if rule == "parallel":
-        return torch.ones(1, length, dtype=torch.bool), torch.ones(1)
+        return valid[:, None], torch.ones(B, 1)
     if rule == "leave-one-out":
-        return torch.eye(length, dtype=torch.bool), torch.ones(length)
+        one = torch.eye(T, dtype=torch.bool)
+        return one & valid[:, None], torch.ones(B, T)
 
-    S = len(noise)
-    strata = (u + torch.arange(S, dtype=torch.float64) / S) % 1
-    count = 1 + (strata * length).long()  # l, [S]
-    rank = noise[:, :length].argsort(dim=1).argsort(dim=1)
-    return rank < count[:, None], length / (count * S)
+    S = noise.shape[1]
+    length = valid.sum(1, keepdim=True)  # [B,1]
+    place = torch.arange(S, dtype=torch.float64) / S
+    strata = (u[:, None] + place) % 1  # [B,S]
+    count = 1 + (strata * length).long()  # l
+    noise = noise[:, :, :T].masked_fill(~valid[:, None], torch.inf)  # pads come last
+    rank = noise.argsort(dim=2).argsort(dim=2)
+    return rank < count[:, :, None], length / (count * S)
 
 
 @torch.no_grad()
 def log_likelihood(predict, tokens, valid, rule="parallel", noise=None, u=None):
     """Scores of captions in nats, summed over tokens -> [B] float64.
 
-    predict  (tokens [B,T], mask [B,T]) -> logits [K,V] of the masked tokens, in
-             row-major order
-    rule     see `scoring_masks`; an autoregressive `predict`, which ignores the
-             mask, makes "parallel" the exact log p
-    noise    [B,S,T] and u [B], for "monte-carlo". Captions that are compared should
-             get the same noise, which takes most of it out of the difference"""
-    B, T = tokens.shape
-    plans = []
-    for b, length in enumerate(valid.sum(1).tolist()):
-        draw = ()
-        if rule == "monte-carlo":
-            draw = (noise[b], float(u[b]))
-        plans.append(scoring_masks(rule, length, *draw))
-
-    total = torch.zeros(B, dtype=torch.float64)
-    for s in range(max(len(weights) for _, weights in plans)):
-        mask = torch.zeros(B, T, dtype=torch.bool)
-        weight = torch.zeros(B, dtype=torch.float64)
-        for b, (masks, weights) in enumerate(plans):
-            if s < len(weights):  # leave-one-out: short captions are finished earlier
-                mask[b, :masks.shape[1]] = masks[s]
-                weight[b] = weights[s]
-        mask = mask.to(tokens.device)
+    predict  (tokens [B,T], mask [B,T]) -> logits [K,V] of the masked tokens, row by row
+    rule     see `scoring_masks`; an autoregressive `predict`, which ignores the mask, makes
+             "parallel" the exact log p
+    noise    [B,S,T] and u [B], for "monte-carlo". The same noise for captions that are
+             compared takes most of it out of their difference"""
+    masks, weights = scoring_masks(rule, valid.cpu(), noise, u)
+    total = torch.zeros(len(tokens), dtype=torch.float64)
+    for s in range(masks.shape[1]):
+        mask = masks[:, s].to(tokens.device)
         nll = cross_entropy(predict(tokens, mask), tokens[mask])  # [K]
-        sums = torch.zeros(B, T, dtype=torch.float64)
-        sums[mask.cpu()] = nll.double().cpu()
-        total -= weight * sums.sum(1)
+        sums = torch.zeros(mask.shape, dtype=torch.float64)
+        sums[masks[:, s]] = nll.double().cpu()
+        total -= weights[:, s] * sums.sum(1)
     return total
 
 
@@ -203,24 +196,19 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
     """Fill the masked positions step by step; yields (tokens [B,T], mask [B,T]) before the
     first step and after every step.
 
-    predict      (tokens [B,T], mask [B,T]) -> logits [K,V] of the masked tokens, in
-                 row-major order
+    predict      see `log_likelihood`
     tokens,mask  the given words, which stay, and the positions to fill
-    steps        at most this many ("ancestral": exactly); None: one token of each caption
-                 a step (best)
-    order        which positions to reveal first: "confidence" (highest probability
-                 of the drawn token; LLaDA), "random" (equals the first-hitting sampler of
-                 Zheng et al. 2024), "left-to-right", or "ancestral" (the reverse process:
-                 going from time t to s, each masked position is revealed with probability (t
-                 - s)/t; MDLM)
+    steps        at most this many ("ancestral": exactly); None: one for each token (best)
+    order        which positions to reveal first: "confidence" (highest probability of the
+                 drawn token; LLaDA), "random" (equals the first-hitting sampler of Zheng
+                 et al. 2024), "left-to-right", or "ancestral" (the reverse process: from
+                 time t to s, each mask is revealed with probability (t - s)/t; MDLM)
     temperature  0 is greedy; otherwise tokens are drawn on the CPU from `generator`
 
     A revealed token never changes, and [MASK], which has no logit, cannot be drawn. Raises
-    ValueError for an unknown order, or steps below 1."""
+    ValueError for an unknown order."""
     if order not in ORDERS:
         raise ValueError(f"order {order!r}: expected one of {', '.join(ORDERS)}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps {steps}: expected at least 1")
 
     total = mask.sum(1)  # [B] tokens to find
     planned = total.clamp(max=steps or mask.shape[1])  # [B] steps of each caption
@@ -252,10 +240,9 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
 
 
 def order_score(order, mask, probability, generator):
-    """Scores [B,T] by which `denoise` reveals masked positions, highest first; -inf where not
-    masked.
+    """Scores [B,T] by which `denoise` reveals masked positions, highest first; elsewhere -inf.
 
-    probability [K] belongs to the masked positions in row-major order."""
+    probability [K] belongs to the masked positions, row by row."""
     if order in ("random", "ancestral"):
         values = torch.rand(len(probability), generator=generator)
         values = values.to(probability.device)
@@ -269,10 +256,9 @@ def order_score(order, mask, probability, generator):
 
 @torch.no_grad()
 def autoregress(predict, B, length, eos, temperature=0.0, generator=None, device="cpu"):
-    """Left-to-right captions of at most `length` tokens; yields (tokens [B,T], mask [B,T]) as
-    `denoise`.
+    """Left-to-right captions of at most `length` tokens; yields what `denoise` yields.
 
-    predict is `denoise`'s, of a causal decoder. A caption is EOS from its first EOS on."""
+    predict is that of a causal decoder. A caption is EOS from its first EOS on."""
     tokens = torch.full((B, length), eos, device=device)
     mask = torch.ones(B, length, dtype=torch.bool, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)

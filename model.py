@@ -1,22 +1,18 @@
 """The captioner: a ViT turns an image into patch features, a text decoder reads them and
 fills in words.
 
-    python model.py                       # the size registry: parameters and operations of every model
-
 Masked diffusion captioning needs no new architecture. It is the encoder-decoder of CapPa
 (Tschannen et al. 2023, "Image Captioners Are Scalable Vision Learners Too") without the
-causal mask of the decoder. Two models are compared with it: "ar" keeps the causal mask, and
+causal mask of the decoder. Two baselines have other models: "ar" keeps the causal mask, and
 "clip" (`Contrastive`) replaces cross-attention by pooling and a comparison of the two sides.
 
-Two things to note:
-
   * `[MASK]` is an extra *input* embedding and has no output column: the model cannot predict it.
-  * Cross-attention keys and values depend on the image only. `TextDecoder.read` computes them once per
-    image, however often the decoder then runs.
+  * Cross-attention keys and values depend on the image only. `TextDecoder.read` computes them
+    once per image, however often the decoder then runs.
 
 Shape letters, used at line ends in all files:
     B images, and captions of a batch   N patches of an image   T tokens of the longest caption
-    K masked tokens of the batch   D width   H heads   V vocabulary   S side of an image in pixels"""
+    K masked tokens of the batch   D width   H heads   V vocabulary   S pixels a side"""
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -63,8 +59,7 @@ POSITION_SCALE = 0.3  # of the text's sine-cosine positions, whose standard devi
 
 # ---- building blocks
 def sincos(positions, width):
-    """Sine-cosine table of positions [n] -> [n, width] (Vaswani et al. 2017); `width` must be
-    even.
+    """Sine-cosine table of positions [n] -> [n,width] (Vaswani et al. 2017); `width` is even.
 
     The usual base of 10000 is made for thousands of positions: most of its waves hardly move
     over 6 to 14 patches. With 100 all of them tell neighbours apart."""
@@ -74,10 +69,13 @@ def sincos(positions, width):
 
 
 def sincos_2d(side, width):
-    """Table of a side x side grid in row-major order, half the width per axis -> [side**2,
-    width]."""
+    """Table of a side x side grid, row by row, half the width per axis -> [side**2,width]."""
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return torch.cat([sincos(y.flatten(), width // 2), sincos(x.flatten(), width // 2)], dim=1)
+
+
+def split_heads(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B,T,D] -> [B,H,T,d]
 
 
 def attend(q, k, v, heads, bias=None):
@@ -85,12 +83,13 @@ def attend(q, k, v, heads, bias=None):
 
     bias [B or 1,1,T or 1,N] is 0 where a query may look and -inf where it may not.
 
-    CUDA and MPS use torch's fused kernels. On a CPU the formula is written out: there the
-    backward pass of the fused kernel takes more than half of a training step at a few dozen
-    patches. It is also written out with a bias: only (short) captions have one, and flash
+    CUDA uses torch's fused kernels. On a CPU the formula is written out: there the backward
+    pass of the fused kernel takes more than half of a training step at a few dozen patches.
+    It is also written out with a bias: only captions, which are short, have one, and flash
     attention takes none."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B,H,T or N,d]
-
+    q = split_heads(q, heads)
+    k = split_heads(k, heads)
+    v = split_heads(v, heads)
     if bias is None and q.device.type != "cpu":
         out = F.scaled_dot_product_attention(q, k, v)
     else:
@@ -131,8 +130,7 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block with timm's parameter names; with `cross` it also looks at the
-    image."""
+    """Pre-LN transformer block with timm's parameter names; `cross`: it also looks at the image."""
 
     def __init__(self, width, heads, cross=False):
         super().__init__()
@@ -170,8 +168,8 @@ class ViT(nn.Module):
         size = SIZES[config.size]
         width = size.width
         if config.image_size % size.patch:
-            raise ValueError(f"image size {config.image_size} is not a multiple of the patch size of "
-                             f"{config.size}, {size.patch}")
+            raise ValueError(f"image size {config.image_size} is not a multiple of the patch size "
+                             f"of {config.size}, {size.patch}")
         side = config.image_size // size.patch  # N = side**2
         patch_conv = nn.Conv2d(3, width, kernel_size=size.patch, stride=size.patch)
         self.patch_embed = nn.Sequential(OrderedDict(proj=patch_conv))
@@ -181,8 +179,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images):
-        """images [B,3,S,S] float in [-1,1] -> patch features after the final LayerNorm
-        [B,N,D]."""
+        """images [B,3,S,S] in [-1,1] -> patch features after the final LayerNorm [B,N,D]."""
         proj = self.patch_embed.proj
         P = proj.stride[0]
         # A convolution of separate patches is a linear layer, and faster written as one.
@@ -197,8 +194,7 @@ class ViT(nn.Module):
 
 # ---- text
 class Text(nn.Module):
-    """Token embeddings, positions and blocks: what a decoder and CLIP's text encoder have in
-    common."""
+    """Token embeddings, positions and blocks of a decoder or of CLIP's text encoder."""
 
     def __init__(self, config, cross):
         super().__init__()
@@ -212,8 +208,7 @@ class Text(nn.Module):
         self.norm = nn.LayerNorm(size.width, eps=1e-6)
 
     def hidden(self, tokens, visible, memory=None):
-        """tokens [B,T], visible [B or 1,T or 1,T] bool: which keys a query sees ->
-        [B,T,D]."""
+        """tokens [B,T], visible [B or 1,T or 1,T] bool: keys that a query sees -> [B,T,D]."""
         x = self.embed(tokens) + self.positions[:tokens.shape[1]]  # [B,T,D]
         bias = torch.where(visible[:, None], 0.0, -torch.inf)  # [B,1,T or 1,T]
         for i, block in enumerate(self.blocks):
@@ -241,14 +236,14 @@ class TextDecoder(Text):
         return [block.cross.kv(features).chunk(2, dim=-1) for block in self.blocks]
 
     def forward(self, memory, tokens, mask, valid, where=None):
-        """Logits [K,V] of the K masked tokens, in row-major order.
+        """Logits [K,V] of the K masked tokens, row by row.
 
         memory  from `read`
         tokens  [B,T] int; their values at masked positions and pads do not matter
         mask    [B,T] bool, True where a token is hidden and asked for
         valid   [B,T] bool, False at pads, which nothing looks at
-        where   [K] int, flat positions of the masked tokens. To count them on a GPU, the
-                program has to wait for it; training counts on the CPU and passes them
+        where   [K] int, flat positions of the masked tokens; training finds them on the CPU,
+                as a GPU would have to be waited for
 
         An autoregressive decoder gives the same logits from the image and the tokens before
         each position, whatever the mask."""
@@ -274,10 +269,9 @@ def init_weights(model):
     """Initialize in place: Xavier for matrices (the fused q, k, v is one), zero for biases and
     for the head (CapPa).
 
-    Words start some times larger than the positions added to them. With 0.02 for words, as
-    beside learned positions, and positions of 0.7, a word is 3 % of the input of the first
-    block: all captions look alike to a contrastive or autoregressive model, and it learns
-    little in a short run."""
+    Words start larger than the positions added to them. With words of 0.02 and positions of
+    0.7, a word would be 3 % of the input of the first block: all captions look alike to a
+    contrastive or autoregressive model, and it learns little in a short run."""
     for name, parameter in model.named_parameters():
         if name.endswith("embed.weight"):
             nn.init.normal_(parameter, std=WORD_STD)
@@ -360,19 +354,3 @@ def flops(config, images, tokens, predicted):
         decoder += size.decoder_depth * (2 * D ** 2 + attention)  # cross-attention
     head = D * config.vocab_size
     return 6 * (images * encoder + tokens * decoder + predicted * head)
-
-
-def main():
-    print("GFLOP: a training step of one image of 224 px, 16 tokens, 12 of them masked, GPT-2's words")
-    print(f"{'model':8}{'encoder M':>12}{'decoder M':>12}{'GFLOP':>12}")
-    for name in SIZES:
-        with torch.device("meta"):
-            model = Captioner(Config(name, image_size=224))
-        encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
-        decoder = sum(p.numel() for p in model.decoder.parameters()) / 1e6
-        work = flops(model.config, images=1, tokens=16, predicted=12) / 1e9
-        print(f"{name:8}{encoder:12.1f}{decoder:12.1f}{work:12.1f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,14 @@
 """Caption images by iterative unmasking, or score given captions.
 
     python sample.py --ckpt out/shapes-tiny-mdc/ckpt.pt --dataset shapes --count 8 --html page.html
-    python sample.py --ckpt CKPT photo.jpg folder/ --trace
     python sample.py --ckpt CKPT photo.jpg --prompt "a ___ dog on the ___"
     python sample.py --ckpt CKPT one.jpg two.jpg --score "a dog runs" "a cat sleeps"
 
-A caption starts as [MASK] tokens only; each step predicts all of them and keeps the most confident.
-Its length is chosen first. An autoregressive model writes from left to right and ends by itself."""
+A caption starts as [MASK] tokens, their number chosen first; each step predicts all of them and
+keeps the most confident. An autoregressive model writes from left to right and ends by itself."""
 import base64
 import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -27,7 +25,7 @@ from PIL import Image, ImageDraw
 import data
 import diffusion
 from data import BadSample, Batches, UserError, crop_square, decode_caption, positive_int
-from model import Config, build_model
+from model import Config, build_model, split_heads
 
 
 def load_captioner(path, device="cpu"):
@@ -55,8 +53,8 @@ def choose_lengths(histogram, count):
 def caption_images(model, images, lengths, prompt=None, temperature=0.0, generator=None, **options):
     """Caption a batch; yields (tokens [B,T], mask [B,T]) at the start and after every step.
 
-    images [B,S,S,3] uint8; lengths [B] in tokens with EOS ("ar" ends by itself); prompt: tokens [T]
-    and mask [T], True at blanks, lengths are then T; others: diffusion.denoise."""
+    images [B,S,S,3] uint8; lengths [B] in tokens with EOS ("ar" ends by itself); prompt [T]: see
+    read_prompt, lengths are then T; options: steps and order of diffusion.denoise."""
     device = next(model.parameters()).device
     eos = model.config.eos
     memory = model.decoder.read(model.encode(images.to(device)))
@@ -72,33 +70,29 @@ def caption_images(model, images, lengths, prompt=None, temperature=0.0, generat
 
     if model.decoder.causal:
         return diffusion.autoregress(predict, *valid.shape, eos, temperature, generator, device)
-    tokens = torch.full(valid.shape, eos, device=device)
-    mask = valid
+    start = torch.where(valid, -1, eos)  # -1 where a token is masked
     if prompt is not None:
-        tokens[:] = prompt[0]
-        mask = valid & prompt[1].to(device)
-    return diffusion.denoise(
-        predict, tokens, mask, temperature=temperature, generator=generator, **options)
+        start[:] = prompt
+    return diffusion.denoise(predict, start.clamp(min=0), start < 0, temperature=temperature,
+                             generator=generator, **options)
 
 
 def captions_of(model, images, lengths, tokenizer):
     """Captions as strings, see caption_images."""
-    *_, (tokens, _) = caption_images(model, images, lengths)
+    states = list(caption_images(model, images, lengths))
+    tokens, _ = states[-1]
     return [decode_caption(tokenizer, row) for row in tokens.tolist()]
 
 
 def read_prompt(prompt, tokenizer, max_tokens):
-    """Text with blanks `___`, one token each -> tokens [T] with EOS, mask [T] True at blanks."""
+    """Text with blanks `___` -> tokens [T] with EOS, -1 for each blank."""
     tokens = []
-    mask = []
-    for part in re.split(r"(\s*_{2,})", prompt):
-        blank = part.endswith("__")
-        ids = [0] if blank else tokenizer.encode_ordinary(part)
-        tokens += ids
-        mask += [blank] * len(ids)
-    if not any(mask) or len(tokens) >= max_tokens:
+    for part in re.split(r"\s*_{2,}", prompt):
+        tokens += [*tokenizer.encode_ordinary(part), -1]
+    tokens[-1] = tokenizer.eot_token  # no blank follows the last part
+    if -1 not in tokens or len(tokens) > max_tokens:
         raise UserError(f"--prompt: expected blanks `___`, at most {max_tokens - 1} tokens")
-    return torch.tensor([*tokens, tokenizer.eot_token]), torch.tensor([*mask, False])
+    return torch.tensor(tokens)
 
 
 # ---- scores
@@ -109,19 +103,19 @@ def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed
     features [B,N,D]; captions: B lists of token ids with EOS; rule: see diffusion.log_likelihood
     ("ar": always exact). Captions of the same item, items [B], get the same random masks."""
     config = model.config
-    lengths = torch.tensor([len(caption) for caption in captions])
-    tokens = torch.tensor([*itertools.zip_longest(*captions, fillvalue=config.eos)]).T  # [B,T]
-    tokens = tokens.to(features.device)
-    valid = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(features.device)
+    rows = [torch.tensor(caption, device=features.device) for caption in captions]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    valid = tokens >= 0  # [B,T]
+    tokens = tokens.clamp(min=0)  # pads need an embedding, whichever
     if config.objective == "clip":
         cosine = (model.embed_images(features) * model.embed_texts(tokens, valid)).sum(1)
         return cosine.double().cpu()
 
-    rule = "parallel" if model.decoder.causal else rule
-    items = [0] * len(captions) if items is None else items
+    items = [0] * len(rows) if items is None else items
     rngs = [data.random_stream(seed, data.SCORING, int(item)) for item in items]
     noise = torch.tensor(np.stack([rng.random((draws, config.max_tokens)) for rng in rngs]))
     u = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64)
+    rule = "parallel" if model.decoder.causal else rule
     predict = functools.partial(model.decoder, model.decoder.read(features), valid=valid)
     return diffusion.log_likelihood(predict, tokens, valid, rule, noise, u)
 
@@ -131,17 +125,15 @@ def length_terms(histogram, captions, config):
     0 unless the objective is "mdc"."""
     if config.objective != "mdc":
         return torch.zeros(len(captions), dtype=torch.float64)
-    counts = torch.tensor([histogram.get(len(caption), 0) + 1.0 for caption in captions])
-    return (counts.double() / (sum(histogram.values()) + config.max_tokens)).log()
+    counts = [histogram.get(len(caption), 0) + 1 for caption in captions]
+    total = sum(histogram.values()) + config.max_tokens
+    return torch.tensor(counts, dtype=torch.float64).div(total).log()
 
 
 # ---- metrics
-def ngrams(words):
-    """Counter of the n-grams of a list of words, n from 1 to 4."""
-    grams = Counter()
-    for n in range(1, 5):
-        grams.update(zip(*(words[i:] for i in range(n)), strict=False))
-    return grams
+def ngrams(words, n):
+    """Counter of the n-grams of a list of words."""
+    return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
 
 
 def bleu(made, given):
@@ -150,51 +142,63 @@ def bleu(made, given):
     totals = np.full(4, 1e-9)
     given_length = 0
     for words, truths in zip(made, given, strict=True):
-        lengths = sorted(len(truth) for truth in truths)
+        lengths = sorted(map(len, truths))
         given_length += min(lengths, key=lambda length: abs(length - len(words)))
-        most = Counter()  # of each n-gram in any reference
-        for truth in truths:
-            most |= ngrams(truth)
-        for gram, count in (ngrams(words) & most).items():
-            matches[len(gram) - 1] += count
-        totals += np.maximum(0, len(words) - np.arange(4))
+        for i in range(4):
+            most = Counter()  # of each n-gram in any reference
+            for truth in truths:
+                most |= ngrams(truth, i + 1)
+            found = ngrams(words, i + 1)
+            matches[i] += (found & most).total()
+            totals[i] += found.total()
     made_length = max(1, sum(map(len, made)))
     brevity = min(1, math.exp(1 - given_length / made_length))
     return brevity * (matches / totals).cumprod() ** (1 / np.arange(1, 5))
 
 
+def common_length(words, others):
+    """Length of the longest common subsequence of two lists."""
+    row = [0] * (len(others) + 1)  # of the words so far and the first j others
+    for word in words:
+        above = row
+        row = [0]
+        for j, other in enumerate(others):
+            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
+    return row[-1]
+
+
 def rouge_l(words, truths):
     """ROUGE-L (Lin 2004) of one caption: best precision and best recall over the references."""
-    precision = recall = 0.0
-    for truth in truths:
-        common = np.zeros(len(truth) + 1)  # longest subsequence with the first j words of truth
-        for word in words:
-            longer = common[:-1] + [word == other for other in truth]
-            common[1:] = np.maximum.accumulate(np.maximum(common[1:], longer))
-        precision = max(precision, common[-1] / max(1, len(words)))
-        recall = max(recall, common[-1] / max(1, len(truth)))
+    common = np.array([common_length(words, truth) for truth in truths])
+    precision = max(common) / max(1, len(words))
+    recall = max(common / [max(1, len(truth)) for truth in truths])
     return 2.44 * precision * recall / max(recall + 1.44 * precision, 1e-9)  # beta = 1.2
 
 
 def cider_d(made, given):
     """Mean CIDEr-D (Vedantam et al. 2015): clipped cosine of tf-idf n-grams, times 10."""
-    images_with = Counter()  # n-gram: images with a reference containing it
+    images_with = Counter()  # n-gram: images with a reference that contains it
     for truths in given:
-        images_with.update(set().union(*map(ngrams, truths)))
+        for n in range(1, 5):
+            images_with.update({gram for truth in truths for gram in ngrams(truth, n)})
 
     def tf_idf(words, n):
-        return {gram: count * math.log(len(given) / max(1, images_with[gram]))
-                for gram, count in ngrams(words).items() if len(gram) == n}
+        weights = ngrams(words, n)
+        for gram in weights:
+            weights[gram] *= math.log(len(given) / max(1, images_with[gram]))
+        return weights
 
     total = 0.0
     for words, truths in zip(made, given, strict=True):
-        for truth, n in itertools.product(truths, range(1, 5)):
-            own = tf_idf(words, n)
-            other = tf_idf(truth, n)
-            dot = sum(min(own[gram], other[gram]) * other[gram] for gram in own if gram in other)
-            norms = math.hypot(*own.values()) * math.hypot(*other.values())
+        for truth in truths:
             penalty = math.exp(-((len(words) - len(truth)) ** 2) / (2 * 6**2))
-            total += penalty * dot / max(norms, 1e-300) / len(truths)
+            for n in range(1, 5):
+                ours = tf_idf(words, n)
+                theirs = tf_idf(truth, n)
+                clipped = ours & theirs  # the smaller weights
+                dot = sum(clipped[gram] * theirs[gram] for gram in clipped)
+                norms = math.hypot(*ours.values()) * math.hypot(*theirs.values())
+                total += penalty * dot / max(norms, 1e-300) / len(truths)
     return 10 / 4 * total / len(made)
 
 
@@ -203,6 +207,9 @@ def split_words(text):
 
 
 def print_metrics(made, given):
+    """Metrics of captions, each with a list of references."""
+    made = [*map(split_words, made)]
+    given = [[*map(split_words, captions)] for captions in given]
     print("words: lower case, no punctuation")
     for n, score in enumerate(bleu(made, given), 1):
         print(f"BLEU-{n} {score:.4f}", end="  ")
@@ -215,45 +222,44 @@ def show(tokenizer, tokens, mask):
     """State of a caption [T] as text, `_` for a masked token; nothing after an EOS."""
     blank = tokenizer.encode_ordinary(" _")
     ids = []
-    for token, masked in zip(tokens.tolist(), mask.tolist(), strict=True):
+    for token, masked in zip(tokens, mask, strict=True):
         ids += blank if masked else [token]
     return decode_caption(tokenizer, ids)
 
 
-def show_example(tokens, mask, valid, tokenizer, objective, ratio=None):
-    """A training caption [T] as text; with a masking ratio, its masked view too."""
-    tokens = tokens[valid]
-    text = f"a training example ({objective}):\n  caption  {decode_caption(tokenizer, tokens)}"
-    text += f"\n  tokens   {tokens.tolist()}"
-    if ratio is not None:
-        text += f"\n  masked   {show(tokenizer, tokens, mask[valid])}  (masking ratio {ratio:.2f})"
+def show_example(batch, tokenizer):
+    """First caption of a training batch as text, and with its masks if it has any."""
+    valid = batch["valid"][0]
+    tokens = batch["tokens"][0][valid]
+    text = f"a training example:\n  caption  {decode_caption(tokenizer, tokens)}"
+    if "t" in batch:
+        text += f"\n  masked   {show(tokenizer, tokens, batch['mask'][0][valid])}"
     return text
 
 
-def report(model, val, seed, lengths, path):
+def report(model, val, lengths, path):
     """Caption validation images, draw twelve into `path`, green if exactly as given.
 
     lengths: see choose_lengths. -> {"exact": share} for `shapes`, else {}."""
     config = model.config
     shapes = val.folder.parent.name == "shapes"
     count = len(val) if shapes else 12
-    batch = Batches(val, count, config.image_size, config.max_tokens, seed, augment=False)[0]
+    batch = Batches(val, count, config.image_size, config.max_tokens, 0, augment=False)[0]
     images = batch["images"]
     made = captions_of(model, images, choose_lengths(lengths, len(images)), val.tokenizer)
     given = [decode_caption(val.tokenizer, row) for row in batch["tokens"]]
-    exact = [caption == truth for caption, truth in zip(made, given, strict=True)]
 
     sheet = Image.new("RGB", (4 * 200, 3 * 360), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images[:12]):
+    for i, image in enumerate(images[:12].numpy()):
         x = i % 4 * 200
         y = i // 4 * 360
-        sheet.paste(Image.fromarray(image.numpy()).resize((190, 190)), (x, y))
-        text = made[i] if exact[i] else f"{made[i]} (given: {given[i]})"
-        text = textwrap.fill(text, 24, max_lines=9)
-        draw.text((x, y + 192), text, "green" if exact[i] else "black", font_size=15)
+        sheet.paste(Image.fromarray(image).resize((190, 190)), (x, y))
+        text = textwrap.fill(f"{made[i]} (given: {given[i]})", 24, max_lines=9)
+        colour = "green" if made[i] == given[i] else "black"
+        draw.text((x, y + 192), text, colour, font_size=15)
     sheet.save(path)
-    return {"exact": sum(exact) / len(exact)} if shapes else {}
+    return {"exact": np.equal(made, given).mean()} if shapes else {}
 
 
 # ---- web pages
@@ -273,42 +279,45 @@ def write_page(template, path, content):
 
 
 def watch(model, tokenizer, states):
-    """Run caption_images on one image -> (its states, the record that page.html describes)."""
+    """States of one image -> the same in a list, and the record that page.html describes."""
     decoder = model.decoder
-    attention = []  # [T,N] of each layer, mean over heads
+    attention = []  # of each layer [1,T,N], mean over heads
     calls = []  # mask [1,T] and logits [K,V]
 
     def record_attention(cross, inputs):
         x, (keys, _) = inputs
-        split = (cross.heads, -1)
-        queries = cross.q(x)[0].unflatten(-1, split)
-        keys = keys[0].unflatten(-1, split)
-        scores = torch.einsum("thd,nhd->htn", queries, keys) / math.sqrt(keys.shape[-1])
-        attention.append(scores.softmax(-1).mean(0))
+        q = split_heads(cross.q(x), cross.heads)  # [1,H,T,d]
+        k = split_heads(keys, cross.heads)  # [1,H,N,d]
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        attention.append(scores.softmax(-1).mean(1))
+
+    def record_call(decoder, inputs, logits):
+        calls.append((inputs[2], logits))
 
     hooks = [block.cross.register_forward_pre_hook(record_attention) for block in decoder.blocks]
-    hooks.append(decoder.register_forward_hook(
-        lambda _, inputs, logits: calls.append((inputs[2][0], logits))))
+    hooks.append(decoder.register_forward_hook(record_call))
     kept = [next(states)]
-    steps = []
     words = {model.config.eos: None}
+    steps = []
     for tokens, mask in states:
         kept.append((tokens, mask))
         asked, logits = calls.pop()
         likely = logits.softmax(-1).topk(5)
+        for word in {*tokens[0].tolist(), *likely.indices.flatten().tolist()}:
+            words.setdefault(word, tokenizer.decode([word]))
+
         maps = torch.stack(attention).mean(0)[asked]  # [K,N]
         attention.clear()
         side = math.isqrt(maps.shape[1])
         maps = maps.unflatten(1, (side, side))
+        # at most 8 x 8, for small pages
         maps = torch.nn.functional.avg_pool2d(maps, math.ceil(side / 8), ceil_mode=True)
         maps = (255 * maps / maps.amax((1, 2), keepdim=True)).round().byte()
         steps.append({
-            "asked": asked.nonzero().flatten().tolist(),
+            "asked": asked[0].nonzero().flatten().tolist(),
             "likely": likely.indices.tolist(),
             "chances": (100 * likely.values).round().int().tolist(),
-            "maps": base64.b64encode(maps.cpu().numpy().tobytes()).decode()})
-        for word in {*tokens[0].tolist(), *likely.indices.flatten().tolist()}:
-            words.setdefault(word, tokenizer.decode([word]))
+            "maps": base64.b64encode(maps.cpu().numpy()).decode()})
     for hook in hooks:
         hook.remove()
     return kept, {"tokens": tokens[0].tolist(), "words": words, "causal": decoder.causal,
@@ -325,18 +334,17 @@ def parse_args():
     add = parser.add_argument
     add("images", nargs="*", help="files or folders")
     add("--ckpt", required=True, help="checkpoint of train.py")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dataset", help="data set, in place of images")
-    add("--split", choices=("train", "val", "test"), default="val", help="default: val")
-    add("--data-dir", default="data", help="default: data")
+    add("--split", choices=("train", "val", "test"), default="val")
+    add("--data-dir", default="data")
     add("--count", type=positive_int, help="only the first COUNT")
-    add("--batch-size", type=positive_int, default=64, help="default: 64")
+    add("--batch-size", type=positive_int, default=64)
     add("--steps", type=positive_int, help="default: one per token (best)")
     add("--order", choices=diffusion.ORDERS, default="confidence", help="default: confidence")
     add("--temperature", type=data.non_negative_float, default=0.0, help="default: 0, greedy")
-    add("--seed", type=data.non_negative_int, default=0, help="random seed (default: 0)")
-    add("--length", type=positive_int,
-        help="tokens of a caption with its end (default: median of the training captions)")
+    add("--seed", type=data.non_negative_int, default=0, help="random seed")
+    add("--length", type=positive_int, help="tokens, end included (default: training median)")
     add("--prompt", help="words with blanks `___`, one token each")
     add("--trace", action="store_true", help="print all steps")
     add("--html", help="page that replays the steps")
@@ -373,18 +381,18 @@ def find_images(args):
     return names[:args.count], None
 
 
-def read_images(names, shards, size, side):
-    """Yield indices and squares [B,side,side,3] uint8; names bad images on stderr."""
-    for first in range(0, len(names), size):
+def read_images(names, shards, batch_size, side):
+    """Yield indices [B] and images [B,side,side,3] uint8; names bad images on stderr."""
+    for first in range(0, len(names), batch_size):
         squares = {}
-        for i, name in enumerate(names[first:first + size], first):
+        for i, name in enumerate(names[first:first + batch_size], first):
             try:
                 image = shards.image(i, side) if shards else data.open_image(name, side)
                 squares[i] = crop_square(image, side)
             except BadSample as reason:
                 print(f"error: {name}: {reason}", file=sys.stderr)
         if squares:
-            yield list(squares), torch.from_numpy(np.stack([*squares.values()]))
+            yield [*squares], torch.tensor(np.stack([*squares.values()]))
 
 
 def write_captions(model, checkpoint, names, shards, args):
@@ -394,40 +402,36 @@ def write_captions(model, checkpoint, names, shards, args):
         raise UserError(f"{args.ckpt}: contrastive models can only --score, autoregressive ones "
                         "cannot fill blanks")
     tokenizer = data.load_tokenizer(checkpoint["tokenizer"])
-    options = {"steps": args.steps, "order": args.order, "temperature": args.temperature,
-               "generator": torch.Generator().manual_seed(args.seed)}
+    generator = torch.Generator().manual_seed(args.seed)
     histogram = checkpoint["lengths"]
+    prompt = None
     if args.length:
         histogram = {min(args.length, config.max_tokens): 1}
     if args.prompt:
-        options["prompt"] = read_prompt(args.prompt, tokenizer, config.max_tokens)
-        histogram = {len(options["prompt"][0]): 1}
+        prompt = read_prompt(args.prompt, tokenizer, config.max_tokens)
+        histogram = {len(prompt): 1}
 
-    records = []
     made = {}
-    size = 1 if args.html else args.batch_size
-    for indices, batch in read_images(names, shards, size, config.image_size):
-        lengths = choose_lengths(histogram, len(batch))
-        states = caption_images(model, batch, lengths, **options)
+    records = []
+    batch_size = 1 if args.html else args.batch_size
+    for indices, images in read_images(names, shards, batch_size, config.image_size):
+        lengths = choose_lengths(histogram, len(images))
+        states = caption_images(model, images, lengths, prompt, args.temperature, generator,
+                                steps=args.steps, order=args.order)
         if args.html:
             states, record = watch(model, tokenizer, states)
-            record |= {"name": names[indices[0]], "picture": data_uri(batch[0])}
-            records.append(record)
-        states = list(states)
+            records.append(record | {"name": names[indices[0]], "picture": data_uri(images[0])})
+        *earlier, (final, _) = states
         for row, i in enumerate(indices):
-            for step, (tokens, mask) in enumerate(states):
+            for step, (tokens, mask) in enumerate(earlier if args.trace else []):
                 masked = mask[row] & (not model.decoder.causal)  # words to come have no place yet
-                made[i] = show(tokenizer, tokens[row], masked)
-                if args.trace and step < len(states) - 1:
-                    print(f"{names[i]}\t{step:2}  {made[i]}")
+                print(f"{names[i]}\t{step:2}  {show(tokenizer, tokens[row], masked)}")
+            made[i] = decode_caption(tokenizer, final[row])
             print(f"{names[i]}\t{made[i]}", flush=True)
 
     if args.metrics:
-        given = []
-        for i in made:
-            captions = shards.captions(i)
-            given.append([split_words(decode_caption(tokenizer, ids)) for ids in captions])
-        print_metrics([*map(split_words, made.values())], given)
+        given = [[decode_caption(tokenizer, ids) for ids in shards.captions(i)] for i in made]
+        print_metrics(made.values(), given)
     if args.html:
         write_page("page.html", args.html, {"images": records})
     return len(made)
@@ -435,42 +439,40 @@ def write_captions(model, checkpoint, names, shards, args):
 
 @torch.no_grad()
 def print_scores(model, checkpoint, names, shards, args):
-    """Rank --score's captions for every image -> number of images. bound: on log p(caption |
-    image, length), in nats; + length: plus log p(length), which ranks; visual gain: against the
-    mean over the given images, see diffusion.visual_gain."""
+    """Rank the captions of --score for every image, in nats -> number of images."""
     config = model.config
     tokenizer = data.load_tokenizer(checkpoint["tokenizer"])
-    encode = tokenizer.encode_ordinary
-    captions = [[*encode(data.clean_caption(text)), config.eos] for text in args.score]
-    lengths = torch.tensor([[len(caption)] for caption in captions])
+    texts = map(data.clean_caption, args.score)
+    captions = [[*tokenizer.encode_ordinary(text), config.eos] for text in texts]
+    lengths = torch.tensor([*map(len, captions)])
     if lengths.max() > config.max_tokens:
         raise UserError(f"--score: expected at most {config.max_tokens - 1} tokens")
 
-    shown = []
-    scores = []
+    scores = {}
     for [i], image in read_images(names, shards, 1, config.image_size):
-        shown.append(names[i])
         features = model.encode(image.to(args.device)).expand(len(captions), -1, -1)
-        scores.append(score_captions(model, features, captions, seed=args.seed))
-    if not shown:
+        scores[i] = score_captions(model, features, captions, seed=args.seed)
+    if not scores:
         return 0
 
-    score = torch.stack(scores, 1)  # [captions,images]
-    ranked = score + length_terms(checkpoint["lengths"], captions, config)[:, None]
-    columns = {"bound": score, "+ length": ranked}
-    if config.objective != "mdc":
-        columns = {"log p" if config.objective == "ar" else "cosine": score}
-    if config.objective != "clip":
-        columns["per token"] = score / lengths
-        if len(shown) > 1:
-            mean = score.logsumexp(1, keepdim=True) - math.log(len(shown))
-            columns["visual gain"] = score - mean
-    for i, name in enumerate(shown):
-        print(name + "\n" + "".join(f"{column:>13}" for column in columns) + "   caption")
-        for k in ranked[:, i].argsort(descending=True).tolist():
-            numbers = "".join(f"{values[k, i]:13.3f}" for values in columns.values())
+    score = torch.stack([*scores.values()])  # [images,captions]
+    ranked = score + length_terms(checkpoint["lengths"], captions, config)
+    if config.objective == "clip":
+        columns = {"cosine": score}
+    elif config.objective == "ar":
+        columns = {"log p": score, "per token": score / lengths}
+    else:  # bounds on log p(caption | image, length) and log p(caption | image)
+        columns = {"bound": score, "+ length": ranked, "per token": score / lengths}
+    if config.objective != "clip" and len(scores) > 1:  # see diffusion.visual_gain
+        columns["visual gain"] = score - score.logsumexp(0) + math.log(len(scores))
+
+    head = "".join(f"{column:>13}" for column in columns)
+    for row, i in enumerate(scores):
+        print(f"{names[i]}\n{head}   caption")
+        for k in ranked[row].argsort(descending=True).tolist():
+            numbers = "".join(f"{values[row, k]:13.3f}" for values in columns.values())
             print(f"{numbers}   {args.score[k]}")
-    return len(shown)
+    return len(scores)
 
 
 def main():

@@ -1,20 +1,18 @@
 """Train a captioner by masked diffusion; its image encoder learns visual features.
 
     python train.py                                     # synthetic images, minutes on a CPU
-    python train.py --dataset cc3m                      # one GPU; data.py made the shards
-    torchrun --nproc_per_node=8 train.py --dataset cc3m
-    python train.py --objective ar                      # a baseline
+    torchrun --nproc_per_node=8 train.py --dataset cc3m # GPUs; data.py made the shards
 
 The same command continues a stopped run, bit for bit on a CPU. `main` reads from top to bottom;
 `step_loss` calls the objectives."""
 import argparse
-import ctypes
 import json
 import math
 import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,14 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import diffusion
+import sample
 from data import (DATASETS, Batches, UserError, decode_caption, fraction, non_negative_float,
                   non_negative_int, open_split, positive_float, positive_int, run)
 from diffusion import SCHEDULES
-from model import SIZES, Captioner, Config, build_model, flops
-from sample import (captions_of, choose_lengths, data_uri, load_captioner, report, show_example,
-                    write_page)
+from model import SIZES, Block, Config, build_model, flops
 
-# Photographs: values of CapPa and Cluster Masking at academic scale.
+# cc3m, cc12m and others: values of CapPa and Cluster Masking at academic scale.
 PHOTOGRAPHS = dict(model="B/16", epochs=32.0, batch_size=2048, lr=5e-4, warmup=2000,
                    weight_decay=0.2, crop_scale=0.5, save_every=2000, eval_every=2000)
 SMALL = dict(save_every=500, eval_every=500)
@@ -45,8 +42,6 @@ PRESETS = {
     "flickr8k": dict(SMALL, model="tiny/4", steps=6000, batch_size=64, lr=1.5e-3, warmup=200,
                      weight_decay=0.1, crop_scale=0.25, flip=True),
     "coco": PHOTOGRAPHS | dict(SMALL, model="S/16", batch_size=512, lr=1e-3, warmup=1000),
-    "cc3m": PHOTOGRAPHS,
-    "cc12m": PHOTOGRAPHS,
     "recap": dict(PHOTOGRAPHS, epochs=20.0),
 }
 # --init: gentle, to keep what the weights know.
@@ -55,57 +50,57 @@ OBJECTIVES = ("mdc", "ar", "clip", "bert", "parallel")
 # Options that may change when a run is continued.
 MAY_CHANGE = ("data_dir", "out", "fresh", "device", "compile", "workers", "micro_batch",
               "save_every", "eval_every", "log_every")
-NAMED = ("mask_ratio", "t_min", "t_max", "schedule", "pairs", "seed")  # in the default OUT
+# Options in the name of OUT, with the only objective that they are for.
+NAMED = {"mask_ratio": "bert", "t_min": "mdc", "t_max": "mdc", "schedule": "mdc",
+         "pairs": None, "seed": None}
 
 EVAL_BATCH = 128
 EVAL_IMAGES = 1024
 EXCHANGES = 8  # wrong images of a validation caption
+CLIP_NORM = 1.0  # of gradients
 # Dense bfloat16 FLOP/s, for model FLOP utilization (MFU).
-PEAKS = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 
 # ---- options
 def make_parser():
     parser = data.Parser(__doc__)
     add = parser.add_argument_group("data (defaults: the preset)").add_argument
-    add("--dataset", default="shapes",
-        help=f"folder in DATA_DIR; presets: {', '.join(PRESETS)} (others: cc3m's)")
-    add("--data-dir", default="data", help="folder of the shards")
+    add("--dataset", default="shapes", help=f"{', '.join(DATASETS)} or another")
+    add("--data-dir", default="data")
     add("--image-size", type=positive_int, help="pixels (default: preset or shards)")
     add("--crop-scale", type=fraction, help="least share of the area in a crop; 1: no crops")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
-    add("--tokenizer", help="refuse shards of another tokenizer")
+    add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror at random")
+    add("--tokenizer", help="expected of the shards")
     add("--max-tokens", type=positive_int, help="longest caption; others are cut")
-    add("--pairs", type=positive_int, help="size of a random subset")
-    add("--workers", type=non_negative_int, help="per rank (default: up to 16 with CUDA)")
+    add("--pairs", type=positive_int, help="train on a random subset")
+    add("--workers", type=non_negative_int, help="per process (default: up to 16 with CUDA)")
 
     add = parser.add_argument_group("model and objective").add_argument
     add("--model", choices=SIZES)
     add("--objective", choices=OBJECTIVES, default="mdc", help="mdc (default) or a baseline")
-    add("--t-min", type=non_negative_float, default=0.5, help="mdc: smallest time (default: 0.5)")
-    add("--t-max", type=fraction, default=1.0, help="mdc: largest time (default: 1)")
-    add("--mask-ratio", type=fraction, default=0.5, help="bert: masking ratio (default: 0.5)")
-    add("--schedule", choices=SCHEDULES, default="linear",
-        help="mdc: masking ratio and weight at a time (default: linear)")
+    add("--t-min", type=non_negative_float, default=0.5, help="mdc: smallest t (default: 0.5)")
+    add("--t-max", type=fraction, default=1.0, help="mdc: largest t (default: 1)")
+    add("--mask-ratio", type=fraction, default=0.5, help="bert (default: 0.5)")
+    add("--schedule", choices=SCHEDULES, default="linear", help="mdc (default: linear)")
 
     add = parser.add_argument_group("optimization (defaults: the preset)").add_argument
-    add("--batch-size", type=positive_int, help="images per step, all processes together")
+    add("--batch-size", type=positive_int, help="images per step, in all processes")
     add("--micro-batch", type=positive_int, help="images at a time, to save memory")
-    add("--steps", type=positive_int, help="length of the run; or --epochs")
+    add("--steps", type=positive_int, help="or --epochs")
     add("--epochs", type=positive_float)
     add("--lr", type=non_negative_float, help="peak learning rate of AdamW")
     add("--warmup", type=non_negative_int, help="steps")
     add("--weight-decay", type=non_negative_float, help="of matrices")
-    add("--clip", type=positive_float, default=1.0, help="largest gradient norm (default: 1)")
-    add("--seed", type=non_negative_int, default=0, help="random seed (default: 0)")
+    add("--seed", type=non_negative_int, default=0, help="random seed")
     add("--init", help="checkpoint to fine-tune")
 
     add = parser.add_argument_group("machine and output").add_argument
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: with CUDA")
-    add("--out", help="folder (default: out/DATASET-MODEL-OBJECTIVE...)")
-    add("--fresh", action="store_true", help="start over and replace the contents of OUT")
+    add("--out", help="default: out/DATASET-MODEL-OBJECTIVE...")
+    add("--fresh", action="store_true", help="start over, replacing what OUT has")
     add("--save-every", type=positive_int, help="steps between checkpoints")
     add("--eval-every", type=non_negative_int, help="steps between validations; 0: none")
     add("--log-every", type=positive_int, default=50, help="steps (default: 50)")
@@ -116,34 +111,32 @@ def parse_args(argv=None):
     """Command line -> namespace, completed by the preset. Raises UserError."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    preset = {"flip": False} | PRESETS.get(args.dataset, PHOTOGRAPHS)
+    shards = DATASETS.get(args.dataset, data.PHOTOGRAPHS | {"image_size": None})
+    preset = PRESETS.get(args.dataset, PHOTOGRAPHS)
+    preset = dict(preset, image_size=shards["image_size"], max_tokens=shards["max_tokens"])
     if args.init:
         preset |= FINE_TUNING
         if not os.path.isfile(args.init):
             raise UserError(f"--init {args.init}: no such file")
-    if args.steps or args.epochs:  # either of them replaces the preset's length
-        preset |= {"steps": args.steps, "epochs": args.epochs}
-    preset["max_tokens"] = DATASETS.get(args.dataset, data.PHOTOGRAPHS)["max_tokens"]
-    for name, value in preset.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.steps or args.epochs:  # instead of the preset's length
+        preset |= {"steps": None, "epochs": None}
+    parser.set_defaults(**preset)
+    args = parser.parse_args(argv)
 
     if args.max_tokens < 2:
         raise UserError("--max-tokens 1: expected at least 2")
     if args.t_min > args.t_max:
         raise UserError(f"--t-min {args.t_min} --t-max {args.t_max}: expected t_min <= t_max")
-    used = {"mdc": ("t_min", "t_max", "schedule"), "bert": ("mask_ratio",)}
-    for option in ("t_min", "t_max", "schedule", "mask_ratio"):
-        changed = getattr(args, option) != parser.get_default(option)
-        if changed and option not in used.get(args.objective, ()):
-            raise UserError(f"--{option.replace('_', '-')} is not for --objective {args.objective}")
-    fixed = {"bert": (args.mask_ratio, args.mask_ratio), "parallel": (1.0, 1.0)}
-    args.times = fixed.get(args.objective, (args.t_min, args.t_max))
     name = f"{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
-    for option in NAMED:
+    for option, objective in NAMED.items():
         value = getattr(args, option)
         if value != parser.get_default(option):
-            name += f"-{option.replace('_', '-')}{value}"
+            option = option.replace("_", "-")
+            if objective not in (None, args.objective):
+                raise UserError(f"--{option} is not for --objective {args.objective}")
+            name += f"-{option}{value}"
+    fixed = {"bert": (args.mask_ratio, args.mask_ratio), "parallel": (1.0, 1.0)}
+    args.times = fixed.get(args.objective, (args.t_min, args.t_max))
     args.out = args.out or f"out/{name}{'-init' if args.init else ''}"
     return args
 
@@ -177,51 +170,43 @@ def connect(cuda):
 
 
 def find_device(args, local_rank):
-    """Device and reason; completes --dtype (not float16, which would need loss scaling) and
-    --compile. Raises UserError."""
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.compile == "auto":
-        args.compile = "on" if device == "cuda" else "off"
-    fast = False
+    """-> device and its name; completes --dtype (float16 would need loss scaling), --compile and
+    --workers. Raises UserError."""
+    cuda = args.device == "cuda"
+    device = torch.device(args.device, local_rank if cuda else None)
     name = f"{torch.get_num_threads()} CPU threads"
-    if device == "cuda":
+    fast = False
+    if cuda:
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise UserError(f"only {count} GPUs: use --device cpu or a smaller --nproc_per_node")
-        torch.cuda.set_device(local_rank)
-        fast = torch.cuda.get_device_capability() >= (8, 0)
+        torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
-        device = f"cuda:{local_rank}"
+        fast = torch.cuda.get_device_capability() >= (8, 0)
     elif os.path.exists("/proc/cpuinfo"):
         flags = Path("/proc/cpuinfo").read_text()
         fast = "avx512_bf16" in flags or "amx_bf16" in flags
     if args.dtype == "auto":
         args.dtype = "bfloat16" if fast else "float32"
-    return torch.device(device), f"{args.dtype} on {name}; fast bfloat16: {fast}"
+    if args.compile == "auto":
+        args.compile = "on" if cuda else "off"
+    if args.workers is None:
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = min(16, cores) if cuda else 0
+    return device, name
 
 
-def keep_memory():
-    """Keep freed memory: mapping it anew, page by page, is a third of a CPU step of `tiny`."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of single blocks
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+def print0(text):
+    if os.environ.get("RANK", "") in ("", "0"):
+        print(text, flush=True)
 
 
-def print0(*words):
-    if os.environ.get("RANK") in (None, "", "0"):
-        print(*words, flush=True)
-
-
-def gather(mine, world):
-    """Concatenated lists of all processes."""
-    parts = [mine] * world
+def gather(rows, world):
+    """Rows of tensors of all processes -> their columns, concatenated."""
+    parts = [rows] * world
     if world > 1:
-        dist.all_gather_object(parts, mine)
-    return sum(parts, [])
+        dist.all_gather_object(parts, rows)
+    return map(torch.cat, zip(*sum(parts, []), strict=True))
 
 
 # ---- one step
@@ -257,11 +242,6 @@ def add_masks(batch, objective, times, schedule):
     return batch
 
 
-def to_device(batch, device):
-    """Copy a batch, in the background from pinned memory."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
 def step_loss(model, batch, objective, schedule, scale, ddp):
     """This process's loss, summed over tokens (clip: pairs); scale: inverse temperature."""
     images, tokens = batch["images"], batch["tokens"]
@@ -281,8 +261,7 @@ def step_loss(model, batch, objective, schedule, scale, ddp):
 
 
 # ---- validation
-@torch.no_grad()
-def evaluate_captioner(model, batches, args, ddp, autocast):
+def evaluate_captioner(model, batches, schedule, world):
     """Score captions beside their own and EXCHANGES wrong images, with fixed masks:
 
     val_loss      nats per token
@@ -297,18 +276,16 @@ def evaluate_captioner(model, batches, args, ddp, autocast):
         B, T = tokens.shape
         ratio = weight = torch.ones(B, device=tokens.device)
         if "t" in batch:
-            ratio, weight = SCHEDULES[args.schedule](batch["t"])
+            ratio, weight = SCHEDULES[schedule](batch["t"])
         nll = torch.zeros(B, min(EXCHANGES + 1, B), model.config.max_tokens, device=tokens.device)
-        with autocast:
-            features = model.encode(batch["images"])
-            for shift in range(nll.shape[1]):  # 0: its own image
-                memory = model.decoder.read(features.roll(shift, 0))
-                logits = model.decoder(memory, tokens, batch["mask"], batch["valid"], where)
-                nll[where // T, shift, where % T] = diffusion.cross_entropy(logits, targets)
+        features = model.encode(batch["images"])
+        for shift in range(nll.shape[1]):  # 0: its own image
+            memory = model.decoder.read(features.roll(shift, 0))
+            logits = model.decoder(memory, tokens, batch["mask"], batch["valid"], where)
+            nll[where // T, shift, where % T] = diffusion.cross_entropy(logits, targets)
         row = (nll, weight, ratio, batch["mask"].sum(1), batch["length"])
         rows.append([value.cpu().double() for value in row])
-    columns = zip(*gather(rows, ddp.world), strict=True)
-    nll, weight, ratio, masked, length = map(torch.cat, columns)
+    nll, weight, ratio, masked, length = gather(rows, world)
 
     loss = nll * weight[:, None, None]  # [n,1+EXCHANGES,L]
     cost = loss[:, 1:].mean(1) - loss[:, 0]  # [n,L]
@@ -329,47 +306,38 @@ def evaluate_captioner(model, batches, args, ddp, autocast):
                      for here in by_position if len(here) > 1])
 
 
-@torch.no_grad()
-def evaluate_clip(model, batches, ddp, autocast):
-    """Loss and recall over all validation pairs; equal captions count as right."""
+def evaluate_clip(model, batches, world):
+    """Loss of all validation pairs in one batch of n; chance is log n."""
     rows = []
     for batch in batches:
-        tokens = batch["tokens"]
-        with autocast:
-            image, text = model(batch["images"], tokens, batch["valid"])
-        pads = model.config.max_tokens - tokens.shape[1]
-        captions = torch.nn.functional.pad(tokens, (0, pads), value=model.config.eos)
-        rows.append([image.float().cpu(), text.float().cpu(), captions.cpu()])
-    image, text, captions = map(torch.cat, zip(*gather(rows, ddp.world), strict=True))
-    loss = diffusion.clip_loss(image, text, image, text, model.log_scale.detach().exp().cpu())
-    _, number = captions.unique(dim=0, return_inverse=True)
-    cosine = image @ text.T
-    return dict(val_loss=float(loss) / len(image),
-                image_to_text_r1=float((number[cosine.argmax(1)] == number).float().mean()),
-                text_to_image_r1=float((number[cosine.argmax(0)] == number).float().mean()))
+        image, text = model(batch["images"], batch["tokens"], batch["valid"])
+        rows.append([image.double().cpu(), text.double().cpu()])
+    image, text = gather(rows, world)
+    loss = diffusion.clip_loss(image, text, image, text, model.log_scale.exp().cpu())
+    return {"val_loss": float(loss) / len(image)}
 
 
 # ---- checkpoints
 def save_checkpoint(path, checkpoint):
-    """Write a file; ckpt.pt becomes ckpt-previous.pt before, so one is always whole."""
+    """Write ckpt.pt; the one before becomes ckpt-previous.pt, so one is always whole."""
     try:
         with data.replace_file(path) as file:
             torch.save(checkpoint, file)
-            if path.name == "ckpt.pt" and path.exists():
+            if path.exists():
                 os.replace(path, path.with_name("ckpt-previous.pt"))
     except (OSError, RuntimeError) as problem:  # torch hides a full disk in a RuntimeError
-        raise UserError(f"{path}: {problem}; earlier checkpoints are intact, make room") from None
+        raise UserError(f"{path}: {problem}; earlier checkpoints are intact") from None
 
 
-def find_checkpoint(args, digest):
-    """The checkpoint to continue or None; digest: of the training shards. Raises UserError."""
+def find_checkpoint(args):
+    """The checkpoint to continue or None. Raises UserError."""
     paths = [Path(args.out, name) for name in ("ckpt.pt", "ckpt-previous.pt")]
     paths = [path for path in paths if path.exists() and not args.fresh]
-    now = vars(args) | {"shards": digest}
+    now = vars(args)
     for path in paths:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            was = checkpoint["options"] | {"shards": checkpoint["shards"]}
+            was = checkpoint["options"]
         except Exception as problem:  # a file cut short can break in any way
             print0(f"{path} cannot be read ({type(problem).__name__})")
             continue
@@ -377,31 +345,17 @@ def find_checkpoint(args, digest):
                    for name in now if name not in MAY_CHANGE and was.get(name) != now[name]]
         if changed:
             raise UserError(f"{path} is another run ({'; '.join(changed)}): use --fresh or --out")
-        print0(f"continuing {path} at step {checkpoint['step']:,}")
+        print0(f"continuing {path} at step {checkpoint['step']:,} of {args.steps:,}")
         # A broken ckpt.pt must not become ckpt-previous.pt at the next save.
-        os.replace(path, paths[0].with_name("ckpt.pt"))
+        os.replace(path, path.with_name("ckpt.pt"))
         return checkpoint
     if paths:
         raise UserError(f"no checkpoint in {args.out} can be read: use --fresh")
 
 
-def start_log(out, checkpoint):
-    """Cut log.jsonl at the checkpoint -> its records; without one, remove an earlier run."""
-    path = out / "log.jsonl"
-    if not checkpoint:
-        for name in ("log.jsonl", "ckpt.pt", "ckpt-previous.pt", "best.pt", "report.html",
-                     "samples.png"):
-            (out / name).unlink(missing_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]  # a crash cuts lines
-    records = [record for record in records if record["step"] <= checkpoint["step"]]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return records
-
-
 def start_from(path, model, tokenizer):
     """Load the weights of another run (--init). Raises UserError if it differs."""
-    start, checkpoint = load_captioner(path)
+    start, checkpoint = sample.load_captioner(path)
     if checkpoint["tokenizer"] != tokenizer or start.config != model.config:
         raise UserError(f"--init {path} is a {start.config}, tokenizer "
                         f"{checkpoint['tokenizer']['name']}: {model.config} has to be the same")
@@ -416,56 +370,60 @@ def log(run, record):
             file.write(json.dumps(record) + "\n")
 
 
-def save(run, name):
+def save(run):
     if run.ddp.rank == 0:
-        save_checkpoint(run.out / name, dict(
+        save_checkpoint(run.out / "ckpt.pt", dict(
             model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), step=run.step,
-            best=run.best, seconds=time.time() - run.started, config=vars(run.model.config),
-            options=vars(run.args), lengths=dict(run.lengths), shards=run.train.digest,
+            seconds=time.time() - run.started, config=vars(run.model.config),
+            options=vars(run.args), lengths=dict(run.lengths), records=run.records,
             tokenizer=run.train.meta["tokenizer"]))
 
 
 def open_data(args):
-    """Training and validation shards; completes --image-size, --tokenizer. Raises UserError."""
-    folder = Path(args.data_dir) / args.dataset
-    preset = DATASETS.get(args.dataset, {})
-    size = args.image_size or preset.get("image_size")
+    """Training and validation shards; completes --image-size, --tokenizer and the checksum
+    `shards`. Raises UserError."""
+    folder = Path(args.data_dir, args.dataset)
     for split in ("train", "val") if args.dataset == "shapes" else ():
         if not (folder / split / "meta.json").exists():  # one process draws, others wait
-            print0(f"drawing synthetic images into {folder / split}")
-            data.prepare("shapes", split, args.data_dir, image_size=size,
-                         tokenizer=args.tokenizer or preset["tokenizer"])
+            data.prepare("shapes", split, args.data_dir, image_size=args.image_size,
+                         tokenizer=args.tokenizer or DATASETS["shapes"]["tokenizer"])
     train = open_split(args.data_dir, args.dataset, "train")
     val = open_split(args.data_dir, args.dataset, "val")
-    largest = min(train.meta["image_size"], val.meta["image_size"])
-    args.image_size = size or largest
-    tokenizers = [split.meta["tokenizer"]["name"] for split in (train, val)]
-    args.tokenizer = args.tokenizer or tokenizers[0]
+    args.shards = train.digest
+    pixels = min(train.meta["image_size"], val.meta["image_size"])
+    args.image_size = args.image_size or pixels
+    names = [split.meta["tokenizer"]["name"] for split in (train, val)]
+    args.tokenizer = args.tokenizer or names[0]
     problem = None
-    if args.tokenizer != tokenizers[0] or val.meta["tokenizer"] != train.meta["tokenizer"]:
-        problem = f"tokens of {tokenizers}, not {args.tokenizer}: leave out --tokenizer"
-    elif args.image_size > largest:
-        problem = f"images for {largest} px, not {size}: train with --image-size {largest}"
+    if args.image_size > pixels:
+        problem = f"images for {pixels} px, not {args.image_size}: train with --image-size {pixels}"
+    elif args.tokenizer != names[0] or val.meta["tokenizer"] != train.meta["tokenizer"]:
+        problem = f"tokens of {names}, not {args.tokenizer}: leave out --tokenizer"
     if problem:
         raise UserError(f"{folder} has {problem}, or make both splits again with data.py --fresh")
     return train.subset(args.pairs, args.seed) if args.pairs else train, val
 
 
 def open_output(run):
-    """Reserve OUT -> the checkpoint to continue or None. Raises UserError."""
-    found = [None]
-    if run.ddp.rank == 0:  # the others need no disk
-        try:
+    """Reserve OUT and cut its log -> the checkpoint to continue or None. Raises UserError."""
+    found = ["error"]
+    try:
+        if run.ddp.rank == 0:  # the others need no disk
             run.out.mkdir(parents=True, exist_ok=True)
             run.lock = data.lock(run.out)  # until this process ends
-            found = [find_checkpoint(run.args, run.train.digest)]
-            run.records = start_log(run.out, found[0])
-        except (UserError, OSError) as problem:
-            found = [problem]
-    if run.ddp.world > 1:
-        dist.broadcast_object_list(found, device=torch.device("cpu"))
-    if isinstance(found[0], Exception):
-        raise found[0] if run.ddp.rank == 0 else SystemExit(2)
+            checkpoint = find_checkpoint(run.args)
+            run.records = checkpoint["records"] if checkpoint else []
+            lines = [json.dumps(record) + "\n" for record in run.records]
+            (run.out / "log.jsonl").write_text("".join(lines))
+            if not checkpoint:
+                for name in ("ckpt.pt", "ckpt-previous.pt", "report.html", "samples.png"):
+                    (run.out / name).unlink(missing_ok=True)
+            found = [checkpoint]
+    finally:
+        if run.ddp.world > 1:
+            dist.broadcast_object_list(found, device=torch.device("cpu"))
+    if found == ["error"]:  # which the first process tells
+        sys.exit(2)
     return found[0]
 
 
@@ -503,9 +461,9 @@ def make_optimizer(model, args):
 def compile_blocks(model):
     """Compile the transformer blocks in place: one graph serves all layers of a part."""
     torch._dynamo.config.optimize_ddp = False  # it would cut large blocks in two
-    text = model.decoder if isinstance(model, Captioner) else model.text
-    for block in [*model.encoder.blocks, *text.blocks]:
-        block.compile()
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
 
 
 def leave_group(_):
@@ -514,21 +472,23 @@ def leave_group(_):
 
 
 def load(run, batches, items):
-    """Yield masked batches on the device."""
+    """Yield masked batches on the device, copied in the background from pinned memory."""
     loader = torch.utils.data.DataLoader(
         batches, None, sampler=items, num_workers=min(run.args.workers, len(items)),
         pin_memory=run.device.type == "cuda", worker_init_fn=leave_group)
     for batch in loader:
         batch = add_masks(batch, run.args.objective, run.args.times, run.args.schedule)
-        yield to_device(batch, run.device)
+        yield {name: value.to(run.device, non_blocking=True) for name, value in batch.items()}
 
 
+@torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # graphs for a few batches do not pay
 def validate(run):
-    """Evaluate, keep the best checkpoint, renew report.html -> figures, or {}."""
-    if len(run.val) < 2:  # no image to exchange
+    """Evaluate and renew report.html -> figures, or {}."""
+    if len(run.val) < 2:
+        print0("warning: too few validation images")
         return {}
-    args, model, ddp = run.args, run.model, run.ddp
+    args, ddp = run.args, run.ddp
     # In random order: a batch exchanges its images, and neighbours may be similar.
     val = run.val.subset(min(len(run.val), EVAL_IMAGES), seed=0)
     count = math.ceil(len(val) / EVAL_BATCH)
@@ -536,45 +496,52 @@ def validate(run):
     batches = Batches(val, size, args.image_size, args.max_tokens, args.seed, augment=False)
     masked = load(run, batches, range(ddp.rank, count, ddp.world))
 
-    model.eval()
-    if args.objective == "clip":
-        figures = evaluate_clip(model, masked, ddp, run.autocast)
-    else:
-        figures = evaluate_captioner(model, masked, args, ddp, run.autocast)
-    if figures["val_loss"] < run.best:
-        run.best = figures["val_loss"]
-        save(run, "best.pt")
-    print0(f"step {run.step:6,}  validation loss {figures['val_loss']:.4f}")
+    with run.autocast:
+        if args.objective == "clip":
+            figures = evaluate_clip(run.model, masked, ddp.world)
+        else:
+            figures = evaluate_captioner(run.model, masked, args.schedule, ddp.world)
+    line = "step {step:6,}  val_loss {val_loss:.4f}"
+    if "wrong_image" in figures:
+        line += ("  wrong_image {wrong_image:.3f} ± {wrong_image_se:.3f}"
+                 "  visual_gain {visual_gain:.3f} ± {visual_gain_se:.3f}")
+    print0(line.format(step=run.step, **figures))
 
     if ddp.rank == 0:
-        images = batches[0]["images"][:8]
+        first = batches[0]
+        images = first["images"][:8]
         captions = []
         if args.objective != "clip":
-            length = choose_lengths(run.lengths, len(images))
-            captions = captions_of(model, images, length, val.tokenizer)
+            length = sample.choose_lengths(run.lengths, len(images))
+            captions = sample.captions_of(run.model, images, length, val.tokenizer)
         log(run, dict(figures, step=run.step, event="eval", captions=captions))
-        given = [decode_caption(val.tokenizer, val.captions(i)[0]) for i in range(len(images))]
-        page = dict(title=run.out.name, command=shlex.join(["python", *sys.argv]), given=given,
-                    machine=run.machine, records=run.records, images=[*map(data_uri, images)])
-        write_page("report.html", run.out / "report.html", page)
-    model.train()
+        page = dict(title=run.out.name, command=shlex.join(["python", *sys.argv]),
+                    machine=run.machine, records=run.records,
+                    images=[sample.data_uri(image) for image in images],
+                    given=[decode_caption(val.tokenizer, row) for row in first["tokens"][:8]])
+        sample.write_page("report.html", run.out / "report.html", page)
     return figures
 
 
 def log_progress(run, sums, norm, lr):
     """Print and log the figures since the last line; `sums` has its step and time."""
-    args, world = run.args, run.ddp.world
     steps = run.step - sums["step"]
     elapsed = time.time() - sums["start"]
-    record = dict(loss=sum(gather([float(sums["loss"])], world)) / steps, grad_norm=float(norm),
-                  lr=lr, images_per_s=steps * args.batch_size / elapsed,
-                  data_wait=sums["wait"] / elapsed, tflops=sums["flops"] * world / elapsed / 1e12)
-    if run.device.type == "cuda" and torch.cuda.get_device_name() in PEAKS:
-        record["mfu"] = sums["flops"] / elapsed / PEAKS[torch.cuda.get_device_name()]
-    record["minutes_left"] = (args.steps - run.step) * elapsed / steps / 60
-    figures = "  ".join(f"{name} {value:<7.4g}" for name, value in record.items())
-    print0(f"step {run.step:6,}/{args.steps:,}  {figures}")
-    log(run, dict(record, step=run.step))
+    loss = sums["loss"].cpu()
+    if run.ddp.world > 1:
+        dist.all_reduce(loss)
+    record = dict(
+        step=run.step, loss=float(loss) / steps, lr=lr, grad_norm=float(norm),
+        images_per_s=steps * run.args.batch_size / elapsed, data_wait=sums["wait"] / elapsed,
+        tflops=sums["flops"] / elapsed / 1e12 * run.ddp.world,
+        minutes_left=(run.args.steps - run.step) * elapsed / steps / 60)
+    line = ("step {step:6,}/{steps:,}  loss {loss:6.3f}  lr {lr:.1e}  grad {grad_norm:5.2f}  "
+            "{images_per_s:6,.0f} img/s  wait {data_wait:3.0%}  {tflops:5.1f} TFLOP/s  ")
+    if run.peak:
+        record["mfu"] = sums["flops"] / elapsed / run.peak
+        line += "(MFU {mfu:3.0%})  "
+    print0((line + "{minutes_left:5.1f} min left").format(steps=run.args.steps, **record))
+    log(run, record)
 
 
 def train_loop(run, wrapped, batches, accumulation):
@@ -602,9 +569,9 @@ def train_loop(run, wrapped, batches, accumulation):
             asked = time.time()
             batch = next(batches)
             sums["wait"] += time.time() - asked
-            B = len(batch["images"])
+            images = len(batch["images"])
             predicted = 0 if clip else len(batch["where"])
-            sums["flops"] += flops(model.config, B, B * mean_length, predicted)
+            sums["flops"] += flops(model.config, images, images * mean_length, predicted)
             # DDP averages gradients after the last micro-batch; its forward pass prepares it.
             wrapped.require_backward_grad_sync = micro == accumulation - 1
             with run.autocast:
@@ -614,7 +581,7 @@ def train_loop(run, wrapped, batches, accumulation):
             # DDP takes the mean over processes; the loss of the batch is their sum.
             (loss * ddp.world).backward()
             sums["loss"] += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         sums["broken"] += ~norm.isfinite()  # on the device, not to wait for every step
         run.optimizer.step()
         run.optimizer.zero_grad()
@@ -630,62 +597,52 @@ def train_loop(run, wrapped, batches, accumulation):
         validates = args.eval_every and run.step % args.eval_every == 0 and not ends
         if not (saves or validates or run.step % args.log_every == 0):
             continue
-        if sums["broken"] > 0:  # once not finite, always
-            first = run.step + 1 - int(sums["broken"])
-            raise UserError(f"the gradient of step {first} is not finite, and nothing was saved "
-                            "since: use --fresh with a smaller --lr")
+        if sums["broken"] > 0:
+            raise UserError(f"a gradient after step {sums['step']} is not finite, and nothing was "
+                            "saved since: use --fresh with a smaller --lr")
         log_progress(run, sums, norm, lr)
         if validates:
             validate(run)
         if saves:
-            save(run, "ckpt.pt")
+            save(run)
         if stop:
             print0(f"stopped after step {run.step:,} and saved; the same command continues")
             sys.exit(128 + int(stop))
         sums = Counter(step=run.step, start=time.time())
 
 
+@torch.compiler.set_stance("force_eager")
 def finish(run):
-    """Validate, draw samples.png, print the result."""
+    """Validate, draw samples.png, print the next commands."""
     args = run.args
     record = dict(validate(run), step=run.step, event="final", machine=run.machine)
     if run.ddp.rank > 0:
         return
     if "wrong_image" in record:
-        run.model.eval()
-        with torch.compiler.set_stance("force_eager"):
-            record |= report(run.model, run.val, args.seed, run.lengths, run.out / "samples.png")
-        print(("\nvalidation loss {val_loss:.4f} nats per token; a wrong image costs "
-               "{wrong_image:.3f} ± {wrong_image_se:.3f} more\n"
-               "visual gain {visual_gain:.3f} ± {visual_gain_se:.3f} nats per caption, "
-               "at most {most:.3f}").format(most=math.log(EXCHANGES + 1), **record))
+        record |= sample.report(run.model, run.val, run.lengths, run.out / "samples.png")
     if "exact" in record:
         print(f"{record['exact']:.1%} of the validation captions are exactly right")
     record["minutes"] = (time.time() - run.started) / 60
     log(run, record)
+
     print(f"{record['minutes']:.1f} minutes; look at {args.out}/report.html\nnext:")
-    ckpt = f"--ckpt {shlex.quote(args.out)}/ckpt.pt --dataset"
+    words = ["--ckpt", f"{args.out}/ckpt.pt", "--dataset", args.dataset, "--data-dir", args.data_dir]
     if args.objective != "clip":
-        folder = shlex.quote(args.data_dir)
-        print(f"  python sample.py {ckpt} {args.dataset} --data-dir {folder} --trace --count 3")
-    labelled = "shapes" if args.dataset == "shapes" else "cifar10 --source raw/cifar10"
-    print(f"  python probe.py {ckpt} {labelled}")
+        print(f"  python sample.py {shlex.join(words)} --trace --count 3")
+    if args.dataset == "shapes":
+        print(f"  python probe.py {shlex.join(words)}")
 
 
 def main():
     started = time.time()
-    keep_memory()  # before the first tensor
     args = parse_args()
     ddp = find_processes()
-    device, reason = find_device(args, ddp.local_rank)
+    device, name = find_device(args, ddp.local_rank)
     if ddp.launched:
         connect(device.type == "cuda")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    if args.workers is None:
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(16, cores) if device.type == "cuda" else 0
 
     # data
     train, val = open_data(args)
@@ -695,27 +652,24 @@ def main():
     lengths = Counter()
     for length, count in train.lengths.items():
         lengths[min(length, args.max_tokens)] += count
-    print0(f"{args}\n{reason}\n{len(train):,} training and {len(val):,} validation images, "
+    pairs = [f"{option}={value}" for option, value in vars(args).items() if value is not None]
+    print0(textwrap.fill("  ".join(pairs), 100, break_long_words=False, break_on_hyphens=False))
+    machine = f"{args.dtype} on {name}"
+    print0(f"{machine}\n{len(train):,} training and {len(val):,} validation images, "
            f"{args.steps * args.batch_size / len(train):.1f} epochs")
-    if len(val) < 2:
-        print0("warning: too few validation images")
-    if args.warmup >= args.steps:
-        print0(f"warning: --warmup {args.warmup} is longer than the run")
 
     # output and model
     run = argparse.Namespace(
-        args=args, ddp=ddp, device=device, autocast=autocast, machine=reason, train=train, val=val,
-        lengths=lengths, out=Path(args.out), step=0, best=math.inf, started=started)
+        args=args, ddp=ddp, device=device, autocast=autocast, machine=machine,
+        peak=PEAKS.get(name), train=train, val=val, lengths=lengths, out=Path(args.out),
+        step=0, started=started)
     checkpoint = open_output(run)
     model = run.model = start_model(run, checkpoint)
     run.optimizer = make_optimizer(model, args)
     if checkpoint:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         run.step = checkpoint["step"]
-        run.best = checkpoint["best"]
         run.started -= checkpoint["seconds"]
-        if run.step == args.steps:
-            print0("this run is finished; --fresh starts over")
     if args.compile == "on":
         compile_blocks(model)
     print0(f"{sum(p.numel() for p in model.parameters()):,} parameters")
@@ -728,9 +682,7 @@ def main():
                       args.crop_scale, args.flip, ddp.rank, ddp.world, accumulation)
     if not checkpoint:
         example = add_masks(batches[0], args.objective, args.times, args.schedule)
-        tokens, mask, valid = example["tokens"][0], example["mask"][0], example["valid"][0]
-        ratio = float(mask.sum() / valid.sum()) if "t" in example else None
-        print0(show_example(tokens, mask, valid, train.tokenizer, args.objective, ratio))
+        print0(sample.show_example(example, train.tokenizer))
 
     # optimization
     items = range(run.step * accumulation, args.steps * accumulation)

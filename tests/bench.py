@@ -36,7 +36,7 @@ import diffusion  # noqa: E402
 from data import Batches, open_split, prepare  # noqa: E402
 from model import SIZES, Captioner, Config, flops  # noqa: E402
 from sample import caption_images  # noqa: E402
-from train import add_masks, compile_blocks, keep_memory  # noqa: E402
+from train import add_masks, compile_blocks  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # name: image size, batch, whether compiling pays for ours on a CPU (a factor of 1.08, but not for tiny)
@@ -173,8 +173,6 @@ def contest(pipe, name, config, batch_size, folder, compiled):
     """A process that takes a step whenever it is told the number of a batch, and answers with its seconds."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    if name == "ours":
-        keep_memory()
     batches = make_batches(config, batch_size, folder)
     step = ours(config, compiled) if name == "ours" else peer(config, fast=name == "P2")
     while (number := pipe.recv()) is not None:
@@ -235,7 +233,6 @@ def bench_step(size, args):
 def bench_sampling(args):
     """Captions of 16 tokens by an S/16 at 224 px: batches of 32 with the image read once, against one image at a time
     with encoder and decoder run at every step."""
-    keep_memory()
     torch.manual_seed(0)
     model = Captioner(Config("S/16", 224, 50257, MAX_TOKENS)).to(DEVICE).eval()
     torch.nn.init.normal_(model.decoder.head.weight, std=0.02)

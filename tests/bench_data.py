@@ -29,7 +29,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
-import train  # noqa: E402
 
 WORKERS, ROUNDS, PAUSE, BATCH, SIDE, SCALE, COUNT, TARS = 2, 9, 3, 64, 224, 0.5, 2048, 2
 TOKENIZER = "gpt2" if "TIKTOKEN_CACHE_DIR" in os.environ else "words:500"
@@ -288,7 +287,6 @@ def rounded(figures):
 
 
 def main():
-    train.keep_memory()  # as a training run and the loader processes it forks do; here it is the peers' as well
     torch.set_num_threads(1)
     rows = {name.removeprefix("bench_"): row for name, row in globals().items() if name.startswith("bench_")}
     try:

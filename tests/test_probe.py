@@ -114,6 +114,28 @@ def test_separable_classes_constant_features_and_fewer_images_than_features_conv
         assert ((x @ weights[:-1] + weights[-1]).argmax(1) == y).all()
 
 
+def test_a_sweep_takes_few_evaluations_and_leaves_the_threads_alone(monkeypatch):
+    """Where the classes separate the curvature falls by orders of magnitude: scaled by the curvature of zero weights
+    the sweep takes 2,500 evaluations."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (180,), generator=generator)
+    centres = 3 * torch.nn.functional.one_hot(labels, 60)
+    x = (torch.randn(180, 60, generator=generator) + centres) * torch.logspace(0, -2, 60)
+    threads = []
+
+    def counted(*values):
+        threads.append(torch.get_num_threads())
+        return cross_entropy(*values)
+
+    cross_entropy = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    probe.fit_logistic(x, labels, 4, probe.STRENGTHS)
+    assert len(threads) < 1000 and set(threads) == {1} and torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
 def test_figures_of_a_probe():
     (x, labels), (test, test_labels) = blobs(600, 0), blobs(600, 1)
     figures = probe.linear_probe(x, labels, test, test_labels)
@@ -446,8 +468,8 @@ def test_swaps_exchange_what_they_say(shapes):
     items = probe.swap_items(open_split(shapes, "shapes", "val"))
     assert len(items) == 3 * 150
     for item in items:
-        assert not re.search(r"\ba orange|\ban (?!orange)", " ".join(item.options))
-        true, wrong = (set(enumerate(option.replace(" an ", " a ").split())) for option in item.options)
+        assert not re.search(r"\ba orange|\ban (?!orange)", " ".join(item.captions))
+        true, wrong = (set(enumerate(option.replace(" an ", " a ").split())) for option in item.captions)
         assert len(true - wrong) == {"colours": 2, "form": 1, "place": 1}[item.group]
 
 
@@ -465,12 +487,11 @@ def test_official_files_are_read(tmp_path):
         (tmp_path / "aro.json").write_text(json.dumps([box | extra]))
         (found,) = probe.read_items(dataset, tmp_path / "aro.json", tmp_path)
         assert found.image == (f"{tmp_path}/1.jpg", (1, 2, 4, 6)) and found.group == group
-    (tmp_path / "aro.json").write_text('[{"image": "x", "options": ["one", "two", "three"]}]')
-    assert probe.read_items("options", tmp_path / "aro.json", "")[0] == (("x", None), "aro", ["one", "two", "three"])
-    for broken in ("[1]", "{}}", '[{"image": "x", "options": ["one"]}]'):
+    sugar = '[{"filename": "x", "caption": "a dog", "negative_caption": %s}]'
+    for broken in ("[1]", "{}}", '[{"filename": "x", "caption": "a dog"}]', sugar % '" "', sugar % "1"):
         (tmp_path / "aro.json").write_text(broken)
-        with pytest.raises(UserError, match="no options annotations"):
-            probe.read_items("options", tmp_path / "aro.json", tmp_path)
+        with pytest.raises(UserError, match="no sugarcrepe annotations"):
+            probe.read_items("sugarcrepe", tmp_path / "aro.json", tmp_path)
 
 
 def report(dataset, groups, scores, owner=None, **arrays):
@@ -490,7 +511,7 @@ def test_ties_lose_and_means_are_macro():
     assert record["mean of groups"]["sum"] == 75 and record["not symmetric"]["sum"] == 50
     assert record["on"]["sum blind"] == 0, "a tie is wrong"
     assert "+ length" not in record["on"]
-    record = report("options", ("a", "a"), [[-1, -2], [-2, -1]], terms=np.array([[-3.0, 0], [0, -3.0]]))
+    record = report("swaps", ("a", "a"), [[-1, -2], [-2, -1]], terms=np.array([[-3.0, 0], [0, -3.0]]))
     assert record["a"]["sum"] == 50 and record["a"]["+ length"] == 50
     symmetric = (ROOT / "assets" / "aro-symmetric.txt").read_text().splitlines()
     assert len(symmetric) == 157 and {"near", "by", "around"} < set(symmetric) and "on" not in symmetric
@@ -504,8 +525,8 @@ def test_attribute_pairs_count_from_25_cases_on():
 def test_an_image_counts_once_in_the_standard_error():
     """Thrice the same items of each image are no more evidence than once."""
     scores = np.random.default_rng(0).normal(size=(30, 2))
-    once = report("options", ["a"] * 30, scores)
-    thrice = report("options", ["a"] * 90, np.repeat(scores, 3, 0), np.repeat(np.arange(30), 3))
+    once = report("swaps", ["a"] * 30, scores)
+    thrice = report("swaps", ["a"] * 90, np.repeat(scores, 3, 0), np.repeat(np.arange(30), 3))
     assert thrice["gain"] == pytest.approx(once["gain"]) and thrice["gain_se"] == pytest.approx(once["gain_se"])
     assert once["gain_se"] == pytest.approx(scores[:, 0].std() / 30**0.5)
 
@@ -520,7 +541,7 @@ def test_every_caption_gets_the_score_of_its_own_and_of_other_images(shapes, obj
         torch.nn.init.normal_(model.decoder.head.weight)
     checkpoint = {"tokenizer": split.meta["tokenizer"], "lengths": {13: 9}}
     items = [item for item in probe.swap_items(split) if item.image[0] < 5][2:]
-    items.append(items[0]._replace(options=[*items[0].options, "a small cat"]))
+    items.append(items[0]._replace(captions=[items[0].captions[0], "a small cat"]))
     pixels = [torch.from_numpy(probe.read_square(16, split.image(i)).copy())[None] for i in range(5)]
     with torch.no_grad():
         features = {(i, None): model.encode(image)[0] for i, image in enumerate(pixels)}
@@ -534,22 +555,20 @@ def test_every_caption_gets_the_score_of_its_own_and_of_other_images(shapes, obj
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
         assert abs(a[0, 0] - a[-1, 0]) > 0.01
     real, blind = many[0][rule]
-    np.testing.assert_allclose(real[:-1, 2], real[:-1, 1], rtol=1e-3, atol=1e-3)  # of two options: the last again
     assert many[1][0, 0] == len(split.captions(items[0].image[0])[0])
     every = probe.score_items(model, checkpoint, items, features, 4)[0][rule][1]  # 64 are asked for, 4 are there
     for item, scores, others, other_four in zip(items, real, blind, every, strict=True):
-        tokens = [[*split.tokenizer.encode_ordinary(text), split.tokenizer.eot_token] for text in item.options]
-        count = len(tokens)
+        tokens = [[*split.tokenizer.encode_ordinary(text), split.tokenizer.eot_token] for text in item.captions]
         with torch.no_grad():
             table = [
-                probe.score_captions(model, features[i, None].expand(count, -1, -1), tokens, *words).numpy()
+                probe.score_captions(model, features[i, None].expand(2, -1, -1), tokens, *words).numpy()
                 for i in range(5)
             ]
-        np.testing.assert_allclose(scores[:count], table[item.image[0]], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(scores, table[item.image[0]], rtol=1e-3, atol=1e-3)
         rest = [table[i] for i in range(5) if i != item.image[0]]
         pairs = [np.logaddexp(a, b) - np.log(2) for a, b in itertools.combinations(rest, 2)]
-        assert min(np.abs(others[:count] - pair).max() for pair in pairs) < 1e-2, "not two other images"
-        np.testing.assert_allclose(other_four[:count], np.logaddexp.reduce(rest) - np.log(4), rtol=1e-3, atol=1e-3)
+        assert min(np.abs(others - pair).max() for pair in pairs) < 1e-2, "not two other images"
+        np.testing.assert_allclose(other_four, np.logaddexp.reduce(rest) - np.log(4), rtol=1e-3, atol=1e-3)
     with pytest.raises(UserError, match="1 different images: expected at least 2"):
         probe.score_items(model, checkpoint, items[:1], {items[0].image: features[items[0].image]})
 
@@ -576,6 +595,11 @@ def test_bad_images_are_named_after_the_results(tmp_path, script, shapes):
     assert re.search(r"error: left out of these figures: .*test/cat/3.png: .*\n$", done.stderr)
     record = json.loads((tmp_path / "probe.jsonl").read_text())
     assert record["results"]["class"]["trained"]["top1"] == 1 and len(record["unusable"]) == 1
+    for image in (tmp_path / "test").rglob("*.png"):
+        image.write_bytes(b"")
+    args = ("--ckpt", tmp_path / "ckpt.pt", "--dataset", "pets", "--source", tmp_path)
+    none = script("probe.py", *args, expect=2).stderr
+    assert re.search(r"error: no usable test images: .*cat/0.png: .* and 21 more\n$", none)
 
 
 def test_results_are_printed_but_not_kept_if_the_checkpoints_folder_cannot_be_written(pets, script, shapes):
@@ -602,11 +626,11 @@ def test_boxes_are_cut_to_the_image_and_missing_images_are_counted(tmp_path, scr
         probe.read_square(8, tmp_path / "1.png", (3, 3, 3, 8))
     split = save_checkpoint(shapes, tmp_path / "ckpt.pt")
     caption = decode_caption(split.tokenizer, split.captions(0)[0])
-    rows = [{"image": f"{i}.png", "options": [caption, "a cat"]} for i in (1, 2, 3, 4)]
+    rows = [{"filename": f"{i}.png", "caption": caption, "negative_caption": "a cat"} for i in (1, 2, 3, 4)]
     (tmp_path / "items.json").write_text(json.dumps(rows))
     for i in (2, 3):
         Image.new("RGB", (10, 10), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    command = ("probe.py", "--ckpt", tmp_path / "ckpt.pt", "--dataset", "options", "--source", tmp_path / "items.json")
+    command = ("probe.py", "--ckpt", tmp_path / "ckpt.pt", "--dataset", "sugarcrepe", "--source", tmp_path / "items.json")
     done = script(*command, "--images", tmp_path, "--samples", 2, expect=2)
     assert re.search(r"1 images are missing or broken, .*4.png: no such file; 3 items are left\n", done.stdout)
     said = done.stderr.split("\r")[-1]  # a progress bar is before it
@@ -616,6 +640,7 @@ def test_boxes_are_cut_to_the_image_and_missing_images_are_counted(tmp_path, scr
         "monte-carlo",
         "parallel",
         "leave-one-out",
+        "normalized",
     }
 
 

@@ -50,9 +50,7 @@ def test_metrics_are_pycocoevalcaps(seed):
 
 def test_published_scores_of_nlg_eval(photographs, capsys):
     example = json.loads((photographs / "caption-metrics" / "nlg-eval-example.json").read_text())
-    made = [text.split() for text in example["hypotheses"]]
-    given = [[text.split() for text in texts] for texts in example["references"]]
-    sample.print_metrics(made, given)
+    sample.print_metrics(example["hypotheses"], example["references"])
     said = capsys.readouterr().out.splitlines()[-1].split()
     ours = dict(zip(said[::2], map(float, said[1::2]), strict=True))
     for name, theirs in (("BLEU-1", "Bleu_1"), ("BLEU-4", "Bleu_4"), ("ROUGE-L", "ROUGE_L"), ("CIDEr-D", "CIDEr")):
@@ -62,8 +60,8 @@ def test_published_scores_of_nlg_eval(photographs, capsys):
 def test_prompts_keep_their_words():
     spec = data.words_tokenizer("words:9", data.Counter({" dog": 5, " on": 4, "grass": 3}))
     tokenizer = data.load_tokenizer(spec)
-    tokens, mask = sample.read_prompt("a ___ dog on ___", tokenizer, 16)
-    assert mask.tolist() == [False, True, False, False, True, False] and tokens[-1] == tokenizer.eot_token
+    tokens = sample.read_prompt("a ___ dog on ___", tokenizer, 16)
+    assert tokens[[1, 4, 5]].tolist() == [-1, -1, tokenizer.eot_token] and len(tokens) == 6
     assert tokenizer.decode(tokens[[0, 2, 3]].tolist()) == "a dog on"
     for wrong in ("no blank", "___ " * 20):
         with pytest.raises(UserError, match="blanks"):
@@ -143,7 +141,7 @@ def test_the_record_of_a_prompt_has_no_end_among_its_words():
     model, tokenizer, _ = make_model()
     torch.nn.init.constant_(model.decoder.head.bias[tokenizer.eot_token], 100.0)
     prompt = sample.read_prompt("a ___ dog", tokenizer, 16)
-    states = sample.caption_images(model, BLANK, torch.tensor([len(prompt[0])]), prompt=prompt)
+    states = sample.caption_images(model, BLANK, torch.tensor([len(prompt)]), prompt=prompt)
     kept, record = sample.watch(model, tokenizer, states)
     assert record["steps"][0]["asked"] == [1] and tokenizer.eot_token not in record["steps"][0]["likely"][0][:4]
     assert record["tokens"][-1] == tokenizer.eot_token and sum(record["steps"][0]["chances"][0]) > 0
@@ -180,13 +178,10 @@ def test_a_training_example_shows_what_is_masked():
     tokens = torch.tensor([*tokenizer.encode_ordinary("a red dog"), *[tokenizer.eot_token] * 3])
     valid = torch.arange(len(tokens)) < len(tokens) - 2
     mask = tokens == tokenizer.encode_ordinary(" red")[0]
-    text = sample.show_example(tokens, mask, valid, tokenizer, "mdc", ratio=0.25)
-    assert "a red dog\n" in text and "a _ dog " in text and "0.25" in text
-    assert text.count(str(tokenizer.eot_token)) == 1, "no pads"
-    for objective in ("ar", "clip"):
-        text = sample.show_example(tokens, mask, valid, tokenizer, objective)
-        assert text == sample.show_example(tokens, None, valid, tokenizer, objective)
-        assert "a red dog" in text and "_" not in text and objective in text
+    batch = {"tokens": tokens[None], "mask": mask[None], "valid": valid[None]}
+    text = sample.show_example(batch | {"t": torch.ones(1)}, tokenizer)
+    assert text.endswith("  caption  a red dog\n  masked   a _ dog")
+    assert sample.show_example(batch, tokenizer).endswith("  caption  a red dog"), "ar and clip mask nothing"
 
 
 def greens(sheet):
@@ -199,14 +194,14 @@ def test_the_report_judges_captions_of_shapes(shapes, tmp_path):
     val = data.open_split(shapes, "shapes", "val")
     torch.manual_seed(0)
     model = build_model(Config("tiny", 16, val.tokenizer.n_vocab, 16, val.tokenizer.eot_token)).eval()
-    assert sample.report(model, val, 0, val.lengths, tmp_path / "samples.png") == {"exact": 0.0}
+    assert sample.report(model, val, val.lengths, tmp_path / "samples.png") == {"exact": 0.0}
     sheet = data.open_image(tmp_path / "samples.png")
     assert sheet.size == (4 * 200, 3 * 360), "twelve images"
     assert not greens(sheet).any()
     with mock.patch("sample.captions_of") as made:
         texts = [data.decode_caption(val.tokenizer, val.captions(i)[0]) for i in range(150)]
         made.side_effect = [[*texts[:5], "wrong", *texts[6:]]]
-        assert sample.report(model, val, 0, val.lengths, tmp_path / "samples.png") == {"exact": 149 / 150}
+        assert sample.report(model, val, val.lengths, tmp_path / "samples.png") == {"exact": 149 / 150}
     assert np.flatnonzero(greens(data.open_image(tmp_path / "samples.png"))).tolist() == [0, 1, 2, 3, 4, *range(6, 12)]
 
 
