@@ -875,7 +875,7 @@ def main():
     add("--captions", metavar="FILE", help=TABLES)
     add("--image-size", type=positive_int, help="largest to train at (default: preset's or 224)")
     add("--tokenizer", help="of tiktoken, or words:N (default: preset's or gpt2)")
-    add("--data-dir", default="data", help="of the shards")
+    add("--data-dir", default="data")
     add("--workers", type=positive_int, help="processes (default: one a core)")
     add("--fresh", action="store_true", help="make a finished split again")
     args = parser.parse_args()

@@ -227,8 +227,9 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
             reveal = mask & (score < chance)
         else:
             # The same share of a caption at every step, rounded down.
-            left = total - (step * total) // planned.clamp(min=1)  # [B] masks to keep
-            number = mask.sum(1) - left.clamp(min=0)  # [B] to reveal now
+            done = planned.clamp(max=step)  # steps; short captions take fewer
+            left = total - done * total // planned.clamp(min=1)  # [B] masks to keep
+            number = mask.sum(1) - left  # [B] to reveal now
             best_first = score.argsort(dim=1, descending=True, stable=True)
             rank = best_first.argsort(dim=1)
             reveal = mask & (rank < number[:, None])

@@ -525,7 +525,7 @@ def main():
     add("--images", default=".", help="folder of the annotated images")
     add("--data-dir", default="data", help="folder of shapes")
     add("--limit", type=data.positive_int, help="random training images or items (shapes: 200)")
-    add("--knn", action="store_true", help="also classify by 20 nearest neighbours")
+    add("--knn", action="store_true", help="also 20 nearest neighbours")
     add("--samples", type=data.positive_int, default=32, help="masks of a Monte Carlo score")
     add("--export", help="only write the encoder to this file, for timm")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -341,7 +341,7 @@ def parse_args():
     add("--count", type=positive_int, help="only the first COUNT")
     add("--batch-size", type=positive_int, default=64)
     add("--steps", type=positive_int, help="default: one per token (best)")
-    add("--order", choices=diffusion.ORDERS, default="confidence", help="default: confidence")
+    add("--order", choices=diffusion.ORDERS, default="confidence")
     add("--temperature", type=data.non_negative_float, default=0.0, help="default: 0, greedy")
     add("--seed", type=data.non_negative_int, default=0, help="random seed")
     add("--length", type=positive_int, help="tokens, end included (default: training median)")

@@ -78,7 +78,7 @@ def make_parser():
 
     add = parser.add_argument_group("model and objective").add_argument
     add("--model", choices=SIZES)
-    add("--objective", choices=OBJECTIVES, default="mdc", help="mdc (default) or a baseline")
+    add("--objective", choices=OBJECTIVES, default="mdc", help="default: mdc")
     add("--t-min", type=non_negative_float, default=0.5, help="mdc: smallest t (default: 0.5)")
     add("--t-max", type=fraction, default=1.0, help="mdc: largest t (default: 1)")
     add("--mask-ratio", type=fraction, default=0.5, help="bert (default: 0.5)")
@@ -100,7 +100,7 @@ def make_parser():
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: with CUDA")
     add("--out", help="default: out/DATASET-MODEL-OBJECTIVE...")
-    add("--fresh", action="store_true", help="start over, replacing what OUT has")
+    add("--fresh", action="store_true", help="start over, replace what OUT has")
     add("--save-every", type=positive_int, help="steps between checkpoints")
     add("--eval-every", type=non_negative_int, help="steps between validations; 0: none")
     add("--log-every", type=positive_int, default=50, help="steps (default: 50)")
@@ -290,7 +290,7 @@ def evaluate_captioner(model, batches, schedule, world):
     loss = nll * weight[:, None, None]  # [n,1+EXCHANGES,L]
     cost = loss[:, 1:].mean(1) - loss[:, 0]  # [n,L]
     wrong_image = cost.sum() / length.sum()
-    error = (cost.sum(1) - wrong_image * length).norm() / length.sum()
+    error = (cost.sum(1) - wrong_image * length).norm() / length.sum()  # of a ratio
     gain = diffusion.visual_gain(-loss.sum(2))  # [n]
     tenth = (ratio * 10 + 1e-6).long().clamp(max=9)  # 0.7 in float32 is below 0.7
     by_ratio = tenth.bincount(nll[:, 0].sum(1), 10) / tenth.bincount(masked, 10)
