@@ -71,7 +71,7 @@ class BadSample(Exception):
 
 
 def run(main):
-    """Call main(); errors but bugs become one line."""
+    """Call main(). An error that is no bug becomes one line and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
@@ -93,7 +93,7 @@ def run(main):
         elif re.search("No space left|Disk quota exceeded|File too large", message):
             message += ": make room, then try again"
         elif not isinstance(problem, UserError) and not re.search(r"\[Errno.*: '", message):
-            raise  # a bug
+            raise  # neither ours nor about a named file: a bug
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -7,16 +7,16 @@ the image, and minimizes the paper's objective
 
     L = E_{t ~ U[t_min, 1]} E_mask [ 1/t * sum_{i masked} -log p(x_i | x_masked, image) ]
 
-A position is masked with probability t and then weighs 1/t, which is 1 on average, at every t
-and position (weight of other schedules: -alpha'_t / (1 - alpha_t)). A left-to-right
-captioner can often predict late words from early ones without looking at the image. Sampling
-goes the other way: start from masks only, fill in the most confident word, repeat.
+A token is masked with probability t and then weighs 1/t: 1 on average, whatever t is. (Other
+schedules weigh -alpha'_t / (1 - alpha_t).) Sampling runs backwards in time: start from masks
+only, fill in the most confident word, repeat.
 
 The baselines are special cases or neighbours: an image-conditioned BERT has one fixed t,
 parallel decoding is t = 1 (both are `mdc_loss`), an autoregressive captioner is asked for
 every token (`ar_loss`), and CLIP compares whole captions with whole images (`clip_loss`).
 
-Shape letters are model.py's: B captions, T positions, K masked tokens, V vocabulary."""
+Shape letters are model.py's: B captions, T positions, K masked tokens, V vocabulary. In
+`scoring_masks`, S is the number of masks of a caption."""
 import math
 
 import torch
@@ -32,7 +32,7 @@ def linear(t):
 
 
 def cosine(t):
-    """alpha_t = 1 - cos(pi/2 (1 - t)), MD4's: half of the time above 71 % of masks.
+    """alpha_t = 1 - cos(pi/2 (1 - t)), MD4's: above 71 % of masks for t > 1/2.
 
     Times t [...] -> masking ratio 1 - alpha_t, weight -alpha'_t / (1 - alpha_t)."""
     angle = math.pi / 2 * (1 - t)
@@ -101,7 +101,7 @@ def clip_loss(image, text, all_images, all_texts, scale, first=0):
     those of the global batch, in which this process's begin at `first`; scale is the inverse
     temperature."""
     targets = first + torch.arange(len(image), device=image.device)
-    with torch.autocast(image.device.type, enabled=False):  # logits reach 100: float32
+    with torch.autocast(image.device.type, enabled=False):  # logits reach 100: no bfloat16
         image_to_text = scale * image @ all_texts.T  # logits [b,B]
         text_to_image = scale * text @ all_images.T
     loss = F.cross_entropy(image_to_text, targets, reduction="sum")
@@ -183,7 +183,7 @@ def draw_tokens(logits, temperature=0.0, generator=None):
     if temperature > 0:
         uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator)
         gumbel = -torch.log(-torch.log(uniform))
-        noisy = logits.cpu().double() + temperature * gumbel
+        noisy = logits.cpu() + temperature * gumbel
         tokens = noisy.argmax(dim=-1).to(logits.device)
     else:
         tokens = logits.argmax(dim=-1)
@@ -200,7 +200,7 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
     tokens,mask  the given words, which stay, and the positions to fill
     steps        at most this many ("ancestral": exactly); None: one for each token (best)
     order        which positions to reveal first: "confidence" (highest probability of the
-                 drawn token; LLaDA), "random" (equals the first-hitting sampler of Zheng
+                 drawn token; LLaDA), "random" (one a step: the first-hitting sampler of Zheng
                  et al. 2024), "left-to-right", or "ancestral" (the reverse process: from
                  time t to s, each mask is revealed with probability (t - s)/t; MDLM)
     temperature  0 is greedy; otherwise tokens are drawn on the CPU from `generator`
@@ -226,10 +226,9 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
             chance = 1 / (last - step + 1)
             reveal = mask & (score < chance)
         else:
-            # The same share of a caption at every step, rounded down.
-            done = planned.clamp(max=step)  # steps; short captions take fewer
-            left = total - done * total // planned.clamp(min=1)  # [B] masks to keep
-            number = mask.sum(1) - left  # [B] to reveal now
+            # After s of n planned steps, s/n of the tokens are found, rounded down.
+            found = total * planned.clamp(max=step) // planned.clamp(min=1)  # [B]
+            number = found - (total - mask.sum(1))  # [B] to reveal now
             best_first = score.argsort(dim=1, descending=True, stable=True)
             rank = best_first.argsort(dim=1)
             reveal = mask & (rank < number[:, None])
@@ -244,15 +243,12 @@ def order_score(order, mask, probability, generator):
     """Scores [B,T] by which `denoise` reveals masked positions, highest first; elsewhere -inf.
 
     probability [K] belongs to the masked positions, row by row."""
+    values = probability
     if order in ("random", "ancestral"):
-        values = torch.rand(len(probability), generator=generator)
-        values = values.to(probability.device)
+        values = torch.rand(len(values), generator=generator).to(values)
     elif order == "left-to-right":
         values = -mask.nonzero()[:, 1].float()
-    else:
-        values = probability.float()
-    nothing = torch.full(mask.shape, -torch.inf, device=mask.device)
-    return nothing.masked_scatter(mask, values)
+    return values.new_full(mask.shape, -torch.inf).masked_scatter(mask, values)
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ causal mask of the decoder. Two baselines have other models: "ar" keeps the caus
 "clip" (`Contrastive`) replaces cross-attention by pooling and a comparison of the two sides.
 
   * `[MASK]` is an extra *input* embedding and has no output column: the model cannot predict it.
-  * Cross-attention keys and values depend on the image only. `TextDecoder.read` computes them
-    once per image, however often the decoder then runs.
+  * Cross-attention keys and values depend on the image only. `TextDecoder.read` computes them;
+    sampling calls it once, however many steps it takes.
 
 Shape letters, used at line ends in all files:
     B images, and captions of a batch   N patches of an image   T tokens of the longest caption
@@ -183,8 +183,7 @@ class ViT(nn.Module):
         proj = self.patch_embed.proj
         P = proj.stride[0]
         # A convolution of separate patches is a linear layer, and faster written as one.
-        x = images.unflatten(3, (-1, P)).unflatten(2, (-1, P))  # [B,3,S/P,P,S/P,P]
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B,N,3*P*P]
+        x = F.pixel_unshuffle(images, P).flatten(2).mT.contiguous()  # [B,N,3*P*P]
         x = F.linear(x, proj.weight.flatten(1), proj.bias)  # [B,N,D]
         x = x + self.pos_embed
         for block in self.blocks:
@@ -225,7 +224,6 @@ class TextDecoder(Text):
     def __init__(self, config):
         super().__init__(config, cross=True)
         self.causal = config.objective == "ar"
-        self.vocab_size = config.vocab_size
         # Tensor cores need multiples of 8: with 50257 columns the head falls back to slow
         # kernels on a GPU. `forward` cuts the added columns off again.
         columns = math.ceil(config.vocab_size / 64) * 64
@@ -261,7 +259,7 @@ class TextDecoder(Text):
         x = self.hidden(tokens, visible, memory)  # [B,T,D]
         # The head is wide: it sees only the positions where a word is asked for.
         x = x.flatten(0, 1).index_select(0, where)  # [K,D]
-        return self.head(x)[:, :self.vocab_size]
+        return self.head(x)[:, :self.mask_id]  # one column a word
 
 
 # ---- whole models
@@ -269,9 +267,8 @@ def init_weights(model):
     """Initialize in place: Xavier for matrices (the fused q, k, v is one), zero for biases and
     for the head (CapPa).
 
-    Words start larger than the positions added to them. With words of 0.02 and positions of
-    0.7, a word would be 3 % of the input of the first block: all captions look alike to a
-    contrastive or autoregressive model, and it learns little in a short run."""
+    Words start larger than the positions added to them (WORD_STD): small ones drown, and a
+    contrastive or autoregressive model learns little in a short run."""
     for name, parameter in model.named_parameters():
         if name.endswith("embed.weight"):
             nn.init.normal_(parameter, std=WORD_STD)

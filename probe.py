@@ -3,10 +3,10 @@
     python probe.py --ckpt CKPT --dataset cifar10 --source raw/cifar10 --knn
     python probe.py --ckpt CKPT --dataset sugarcrepe --source sugar-crepe/data --images val2017
 
-Linear probe: logistic regression on mean patch features (ImageNet: SGD, 20 GB); one of 45 L2
-strengths is chosen on a tenth of the training images. The encoder before its training is the floor.
-Compositionality: the true caption has to score highest. `blind` scores use 64 other images instead:
-a lower bound of the accuracy of language alone."""
+Linear probe: logistic regression on mean patch features (SGD for large sets; ImageNet takes
+20 GB); one of 45 L2 strengths is chosen on a tenth of the training images. A random encoder is
+the baseline. Compositionality: the true caption has to score higher. `blind` scores use 64
+other images instead: a lower bound on the accuracy of language alone."""
 import gzip
 import hashlib
 import io
@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import re
 import sys
 import tempfile
 from collections import Counter, namedtuple
@@ -81,10 +80,10 @@ def open_labelled(source, dataset, split):
     PIL image). Raises UserError."""
     source = Path(source)
     names = ["train"] if split == "train" else ["test", "val"]
-    archive = f"cifar*{re.sub('[^0-9]', '', dataset)}-binary.tar.gz"
+    archive = dataset.replace("cifar", "cifar-") + "-binary.tar.gz"
     places = [source / place for name in names
               for place in (name, f"{name}.tar", f"{dataset}-{name}.tar")]
-    places += [source] if source.match(archive) else sorted(source.glob(archive))
+    places.append(source if source.name == archive else source / archive)
     place = source
     for place in filter(Path.exists, places):
         if not place.is_dir():
@@ -98,7 +97,7 @@ def open_labelled(source, dataset, split):
 
     inside = data.listed(sorted(os.listdir(place))) if place.is_dir() else "no such folder"
     raise UserError(f"--source {source}: expected {names[-1]}/CLASS/image.jpg, or {dataset}-"
-                    f"{names[0]}.tar of these, or {archive}; found in {place}: {inside}")
+                    f"{names[0]}.tar of these, or CIFAR's *-binary.tar.gz; found in {place}: {inside}")
 
 
 def read_square(side, image, box=None):
@@ -180,12 +179,14 @@ def fit_logistic(features, labels, classes, strengths, tolerance=1e-6):
     if x.numel() * classes < 1e6:  # waiting for threads would take longer than the arithmetic
         torch.set_num_threads(1)
     for C in tqdm(strengths, "regressions", leave=False):
-        start = 2 * w - previous  # extrapolates the last two solutions
+        guess = 2 * w - previous  # extrapolates the last two solutions
         decay = penalty / C
-        p = (x @ start).softmax(1)
+        p = (x @ guess).softmax(1)
         curvature = x.square().T @ (p * (1 - p)).mean(1, keepdim=True) / len(x) + decay
-        scale = (curvature + 1e-12).rsqrt()  # in these units the curvature is about 1
-        v = (start / scale).requires_grad_()
+        # LBFGS sees v = w / scale, in which curvatures are about 1, and the loss divided by
+        # `tolerance`, as it ignores curvatures below 1e-10.
+        scale = (curvature + 1e-12).rsqrt()
+        v = (guess / scale).requires_grad_()
         optimizer = torch.optim.LBFGS([v], max_iter=10_000, tolerance_grad=float(scale.min()),
                                       tolerance_change=1e-12, history_size=10,
                                       line_search_fn="strong_wolfe")
@@ -194,11 +195,12 @@ def fit_logistic(features, labels, classes, strengths, tolerance=1e-6):
             v.grad = None
             w = v * scale
             loss = F.cross_entropy(x @ w, labels) + (decay * w ** 2).sum() / 2
-            loss = loss / tolerance  # LBFGS ignores curvatures below 1e-10
+            loss = loss / tolerance
             loss.backward()
             return loss
 
         optimizer.step(closure)
+        closure()  # LBFGS may leave the gradient of a point that it rejected
         if (v.grad / scale).abs().max() > 1:
             print(f"warning: the fit with C = {C:.1e} did not converge")
         previous, w = w, (v * scale).detach()
@@ -407,7 +409,7 @@ def report_items(dataset, items, scores, lengths, terms):
         for mean, members in means.items():
             if members:
                 percent[mean] = np.mean([percent[name] for name in members], 0)
-        print(f"\n{rule}: visual gain {gains.mean():.3f} ± {error:.3f}")
+        print(f"\n{rule}: gain over other images {gains.mean():.3f} ± {error:.3f}")
         print(f"{'percent':20}" + "".join(f"{column:>15}" for column in columns))
         for name, row in percent.items():
             record[rule][name] = dict(zip(columns, row.tolist(), strict=True))

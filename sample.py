@@ -79,8 +79,7 @@ def caption_images(model, images, lengths, prompt=None, temperature=0.0, generat
 
 def captions_of(model, images, lengths, tokenizer):
     """Captions as strings, see caption_images."""
-    states = list(caption_images(model, images, lengths))
-    tokens, _ = states[-1]
+    *_, (tokens, _) = caption_images(model, images, lengths)
     return [decode_caption(tokenizer, row) for row in tokens.tolist()]
 
 

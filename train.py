@@ -28,7 +28,7 @@ import data
 import diffusion
 import sample
 from data import (DATASETS, Batches, UserError, decode_caption, fraction, non_negative_float,
-                  non_negative_int, open_split, positive_float, positive_int, run)
+                  non_negative_int, open_split, positive_float, positive_int)
 from diffusion import SCHEDULES
 from model import SIZES, Block, Config, build_model, flops
 
@@ -45,12 +45,12 @@ PRESETS = {
     "recap": dict(PHOTOGRAPHS, epochs=20.0),
 }
 # --init: gentle, to keep what the weights know.
-FINE_TUNING = dict(steps=None, epochs=10.0, lr=5e-5, warmup=100, weight_decay=0.01, crop_scale=0.8)
+FINE_TUNING = dict(steps=None, epochs=10.0, lr=5e-5, warmup=100, weight_decay=0.01)
 OBJECTIVES = ("mdc", "ar", "clip", "bert", "parallel")
 # Options that may change when a run is continued.
 MAY_CHANGE = ("data_dir", "out", "fresh", "device", "compile", "workers", "micro_batch",
               "save_every", "eval_every", "log_every")
-# Options in the name of OUT, with the only objective that they are for.
+# Options that OUT's name shows unless at their default, with the only objective that has them.
 NAMED = {"mask_ratio": "bert", "t_min": "mdc", "t_max": "mdc", "schedule": "mdc",
          "pairs": None, "seed": None}
 
@@ -115,7 +115,7 @@ def parse_args(argv=None):
     preset = PRESETS.get(args.dataset, PHOTOGRAPHS)
     preset = dict(preset, image_size=shards["image_size"], max_tokens=shards["max_tokens"])
     if args.init:
-        preset |= FINE_TUNING
+        preset |= FINE_TUNING | {"crop_scale": max(0.8, preset["crop_scale"])}
         if not os.path.isfile(args.init):
             raise UserError(f"--init {args.init}: no such file")
     if args.steps or args.epochs:  # instead of the preset's length
@@ -290,7 +290,7 @@ def evaluate_captioner(model, batches, schedule, world):
     loss = nll * weight[:, None, None]  # [n,1+EXCHANGES,L]
     cost = loss[:, 1:].mean(1) - loss[:, 0]  # [n,L]
     wrong_image = cost.sum() / length.sum()
-    error = (cost.sum(1) - wrong_image * length).norm() / length.sum()  # of a ratio
+    error = (cost.sum(1) - wrong_image * length).norm() / length.sum()  # delta method
     gain = diffusion.visual_gain(-loss.sum(2))  # [n]
     tenth = (ratio * 10 + 1e-6).long().clamp(max=9)  # 0.7 in float32 is below 0.7
     by_ratio = tenth.bincount(nll[:, 0].sum(1), 10) / tenth.bincount(masked, 10)
@@ -493,7 +493,7 @@ def validate(run):
     val = run.val.subset(min(len(run.val), EVAL_IMAGES), seed=0)
     count = math.ceil(len(val) / EVAL_BATCH)
     size = math.ceil(len(val) / count)
-    batches = Batches(val, size, args.image_size, args.max_tokens, args.seed, augment=False)
+    batches = Batches(val, size, args.image_size, args.max_tokens, seed=0, augment=False)
     masked = load(run, batches, range(ddp.rank, count, ddp.world))
 
     with run.autocast:
@@ -609,6 +609,8 @@ def train_loop(run, wrapped, batches, accumulation):
             print0(f"stopped after step {run.step:,} and saved; the same command continues")
             sys.exit(128 + int(stop))
         sums = Counter(step=run.step, start=time.time())
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @torch.compiler.set_stance("force_eager")
@@ -695,4 +697,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    data.run(main)

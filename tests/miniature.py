@@ -1,10 +1,10 @@
-"""The paper in miniature: every objective at an equal budget on the embedded data set, with seeds and spread.
+"""The paper in miniature: every objective at an equal budget on the synthetic images, with seeds and spread.
 
     python tests/miniature.py              # half an hour on two cores; typed again it goes on where it stopped
 
 Every core has a run of its own, which is faster than one run on all of them. Writes out/miniature/results.jsonl, one
-line a run, and from it a table, which it prints and puts between the miniature marks of README.md and tests/README.md,
-and assets/miniature.png: (left) probe accuracy over BERT's masking ratio with MDC as a line, the paper's Fig. 4;
+line a run, and from it a table, which it prints and puts between the miniature marks of tests/README.md, and
+assets/miniature.png: (left) probe accuracy over BERT's masking ratio with MDC as a line, the paper's Fig. 4;
 (right) probe accuracy over the number of training pairs, its Fig. 5. Needs matplotlib (requirements-dev.txt).
 """
 
@@ -102,12 +102,11 @@ def write_table(results):
         lines.append(f"| {name} | - | - | {floors} | - |")
     table = "\n".join(lines) + "\n"
     print(table)
-    for path in (ROOT / "README.md", ROOT / "tests" / "README.md"):
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        head, begin, rest = text.partition("<!-- miniature -->\n")
-        _, end, tail = rest.partition("<!-- end of miniature -->")
-        if end:
-            path.write_text(head + begin + table + end + tail, encoding="utf-8")
+    path = ROOT / "tests" / "README.md"
+    head, begin, rest = path.read_text(encoding="utf-8").partition("<!-- miniature -->\n")
+    _, end, tail = rest.partition("<!-- end of miniature -->")
+    if end:
+        path.write_text(head + begin + table + end + tail, encoding="utf-8")
 
 
 def draw_figures(results):

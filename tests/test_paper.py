@@ -302,7 +302,7 @@ def check_probe(words, shorter, said):
         objective = ckpt.parent.name.split("-")[2]
         assert set(results) - {"normalized"} == set(probe.RULES[objective])
         for rule in probe.RULES[objective]:
-            assert 0 <= results[rule]["mean of groups"]["sum"] <= 100 and f"{rule}: visual gain" in said
+            assert 0 <= results[rule]["mean of groups"]["sum"] <= 100 and f"{rule}: gain over other images" in said
         return
     train_images, test_images = (48, 24) if dataset == "shapes" else (15, 9)
     assert f"{dataset}: {train_images} training and {test_images} test images" in said

@@ -300,7 +300,7 @@ def test_cifars_binary_archive(tmp_path, labels, files):
             found = squares(probe.open_labelled(source, "cifar10", split), 32)
             assert [label for label, _ in found] == ["003", "001", "003", "007"] and found[2][1] == pixels[file]
     for source in (archive, tmp_path):
-        with pytest.raises(UserError, match=r"expected val/CLASS.* or cifar\*100-binary.tar.gz; found"):
+        with pytest.raises(UserError, match=r"expected val/CLASS.* or CIFAR's \*-binary.tar.gz; found"):
             probe.open_labelled(source, "cifar100", "test")
     archive.write_bytes(archive.read_bytes()[:-3000])
     with pytest.raises(UserError, match="cifar-10-binary.tar.gz: .*; expected a whole tar"):

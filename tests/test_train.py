@@ -210,7 +210,7 @@ def hurt(step, what):
         "import os, sys, data, train\nrate, done = train.get_lr, []\n"
         f"def get_lr(step, *rest):\n    if step == {step} and not done:\n        done.append(1)\n        {what}\n"
         "    return rate(step, *rest)\n"
-        "train.get_lr = get_lr\ntrain.run(train.main)"
+        "train.get_lr = get_lr\ndata.run(train.main)"
     )
 
 
@@ -552,6 +552,7 @@ def test_fine_tuning_has_its_own_preset_and_explicit_options_win(tmp_path):
         usual = train.parse_args(["--dataset", dataset])
         assert (args.model, args.batch_size, args.flip) == (usual.model, usual.batch_size, usual.flip)
         assert usual.lr > args.lr and not usual.out.endswith("-init")
+        assert args.crop_scale == {"shapes": 1.0}.get(dataset, 0.8), "captions of shapes name places: no crops"
     args = train.parse_args([*init, "--lr", "0.001", "--steps", "7", "--crop-scale", "1", "--warmup", "0"])
     assert (args.lr, args.steps, args.epochs, args.crop_scale, args.warmup) == (1e-3, 7, None, 1.0, 0)
 
