@@ -39,8 +39,8 @@ SMALL = dict(save_every=500, eval_every=500)
 PRESETS = {
     "shapes": dict(SMALL, model="tiny", steps=1250, batch_size=32, lr=1e-3, warmup=100,
                    weight_decay=0.05, crop_scale=1.0),
-    "flickr8k": dict(SMALL, model="tiny/4", steps=6000, batch_size=64, lr=1.5e-3, warmup=200,
-                     weight_decay=0.1, crop_scale=0.25, flip=True),
+    "flickr8k": dict(SMALL, model="tiny/4", steps=4000, batch_size=64, lr=7.5e-4, warmup=200,
+                     weight_decay=0.1, crop_scale=0.5, flip=True),
     "coco": PHOTOGRAPHS | dict(SMALL, model="S/16", batch_size=512, lr=1e-3, warmup=1000),
     "recap": dict(PHOTOGRAPHS, epochs=20.0),
 }
@@ -523,22 +523,22 @@ def validate(run):
     return figures
 
 
-def log_progress(run, sums, norm, lr):
-    """Print and log the figures since the last line; `sums` has its step and time."""
-    steps = run.step - sums["step"]
-    elapsed = time.time() - sums["start"]
-    loss = sums["loss"].cpu()
+def log_progress(run, since, norm, lr):
+    """Print and log the figures since the last line; `since` has its step and time."""
+    steps = run.step - since["step"]
+    elapsed = time.time() - since["start"]
+    loss = since["loss"].cpu()
     if run.ddp.world > 1:
         dist.all_reduce(loss)
     record = dict(
         step=run.step, loss=float(loss) / steps, lr=lr, grad_norm=float(norm),
-        images_per_s=steps * run.args.batch_size / elapsed, data_wait=sums["wait"] / elapsed,
-        tflops=sums["flops"] / elapsed / 1e12 * run.ddp.world,
+        images_per_s=steps * run.args.batch_size / elapsed, data_wait=since["wait"] / elapsed,
+        tflops=since["flops"] / elapsed / 1e12 * run.ddp.world,
         minutes_left=(run.args.steps - run.step) * elapsed / steps / 60)
     line = ("step {step:6,}/{steps:,}  loss {loss:6.3f}  lr {lr:.1e}  grad {grad_norm:5.2f}  "
             "{images_per_s:6,.0f} img/s  wait {data_wait:3.0%}  {tflops:5.1f} TFLOP/s  ")
     if run.peak:
-        record["mfu"] = sums["flops"] / elapsed / run.peak
+        record["mfu"] = since["flops"] / elapsed / run.peak
         line += "(MFU {mfu:3.0%})  "
     print0((line + "{minutes_left:5.1f} min left").format(steps=run.args.steps, **record))
     log(run, record)
@@ -560,7 +560,7 @@ def train_loop(run, wrapped, batches, accumulation):
 
     signal.signal(signal.SIGTERM, stop_later)
     signal.signal(signal.SIGINT, stop_later)
-    sums = Counter(step=run.step, start=time.time())
+    since = Counter(step=run.step, start=time.time())
     while run.step < args.steps:
         lr = get_lr(run.step, args.lr, args.warmup, args.steps)
         for group in run.optimizer.param_groups:
@@ -568,10 +568,10 @@ def train_loop(run, wrapped, batches, accumulation):
         for micro in range(accumulation):
             asked = time.time()
             batch = next(batches)
-            sums["wait"] += time.time() - asked
+            since["wait"] += time.time() - asked
             images = len(batch["images"])
             predicted = 0 if clip else len(batch["where"])
-            sums["flops"] += flops(model.config, images, images * mean_length, predicted)
+            since["flops"] += flops(model.config, images, images * mean_length, predicted)
             # DDP averages gradients after the last micro-batch; its forward pass prepares it.
             wrapped.require_backward_grad_sync = micro == accumulation - 1
             with run.autocast:
@@ -580,9 +580,9 @@ def train_loop(run, wrapped, batches, accumulation):
                 loss = loss / total
             # DDP takes the mean over processes; the loss of the batch is their sum.
             (loss * ddp.world).backward()
-            sums["loss"] += loss.detach()
+            since["loss"] += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        sums["broken"] += ~norm.isfinite()  # on the device, not to wait for every step
+        since["broken"] += ~norm.isfinite()  # on the device, not to wait for every step
         run.optimizer.step()
         run.optimizer.zero_grad()
         if clip:
@@ -597,10 +597,10 @@ def train_loop(run, wrapped, batches, accumulation):
         validates = args.eval_every and run.step % args.eval_every == 0 and not ends
         if not (saves or validates or run.step % args.log_every == 0):
             continue
-        if sums["broken"] > 0:
-            raise UserError(f"a gradient after step {sums['step']} is not finite, and nothing was "
+        if since["broken"] > 0:
+            raise UserError(f"a gradient after step {since['step']} is not finite, and nothing was "
                             "saved since: use --fresh with a smaller --lr")
-        log_progress(run, sums, norm, lr)
+        log_progress(run, since, norm, lr)
         if validates:
             validate(run)
         if saves:
@@ -608,7 +608,7 @@ def train_loop(run, wrapped, batches, accumulation):
         if stop:
             print0(f"stopped after step {run.step:,} and saved; the same command continues")
             sys.exit(128 + int(stop))
-        sums = Counter(step=run.step, start=time.time())
+        since = Counter(step=run.step, start=time.time())
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -226,6 +226,14 @@ def test_a_signal_ends_the_step_saves_and_the_command_goes_on(finished, shapes, 
     assert same_weights(finished[0], tmp_path / "run") and losses(tmp_path / "run") == losses(finished[0])
 
 
+def test_ctrl_c_during_the_final_report_ends_the_program_and_loses_nothing(finished, shapes, tmp_path, script):
+    program = "import os, data, train\nwrite = train.validate\ndef validate(run):\n    os.kill(os.getpid(), 2)\n"
+    program += "    return write(run)\ntrain.validate = validate\ndata.run(train.main)"
+    options = words(shapes, tmp_path / "run", eval_every=0)
+    assert "interrupted" in script(*options, launch=("-c", program), expect=130).stderr
+    assert same_weights(finished[0], tmp_path / "run"), "it was saved before"
+
+
 def test_a_killed_worker_is_restarted_and_a_signal_to_one_process_stops_both_after_the_same_step(
     finished, shapes, tmp_path, script, monkeypatch
 ):
