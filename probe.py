@@ -340,7 +340,7 @@ def normalize_caption(caption):
 @torch.no_grad()
 def score_items(model, checkpoint, items, features, draws=32, seed=0, batch_size=128,
                 exchanges=64):
-    """Items and {item.image: features [N,D]} in random order -> {rule: scores [2,items,2] in nats,
+    """Items and {item.image: features [N,D]} in random order -> {rule: score_captions [2,items,2],
     real and blind}, lengths in tokens [items,2], log p(length) [items,2]. blind: log-mean-exp over
     the next `exchanges` images, with the same masks."""
     tokenizer = data.load_tokenizer(checkpoint["tokenizer"])

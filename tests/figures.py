@@ -1,7 +1,7 @@
 """The figures of the README that are neither a run's own nor tests/miniature.py's. By hand; pytest does not collect it.
 
     python tests/figures.py                      # assets/method.svg: one caption at several times
-    python tests/figures.py out/A out/B ...      # assets/positions.png: what the image is worth, by token position
+    python tests/figures.py out/A out/B ...      # assets/positions.png: cost of a wrong image, by token position
 
 out/A, out/B, ... are runs of train.py; those on the same data share a panel. Needs matplotlib (requirements-dev.txt).
 """

@@ -526,10 +526,16 @@ def test_a_single_validation_image_is_told_and_the_run_ends_well(tmp_path, scrip
 
 
 # ---- fine-tuning
-def test_fine_tuning_starts_from_the_weights(finished, shapes, tmp_path, script):
+def test_fine_tuning_starts_from_the_weights_and_every_seed_is_validated_with_the_same_masks(
+    finished, shapes, tmp_path, script
+):
     options = {"steps": 1, "lr": 0, "init": finished[0] / "ckpt.pt", "t_min": 0}
-    script("train.py", *words(shapes, tmp_path / "run", **options))
-    assert same_weights(finished[0], tmp_path / "run")
+    measured = []
+    for seed in (0, 5):
+        script("train.py", *words(shapes, tmp_path / f"run{seed}", seed=seed, **options))
+        assert same_weights(finished[0], tmp_path / f"run{seed}")
+        measured.append(records(tmp_path / f"run{seed}")[-1]["val_loss"])
+    assert measured[0] == measured[1] and measured[0] > 0
 
 
 @pytest.mark.parametrize(
