@@ -403,7 +403,8 @@ TABLES = "JSON of COCO or Karpathy, [{image, caption}, ...], or lines `image,cap
 
 
 def decode_text(content):
-    return content.decode("utf-8-sig")  # with or without a byte order mark
+    """UTF-8, with or without byte order mark."""
+    return content.decode("utf-8-sig")
 
 
 def read_table(path, split):

@@ -75,7 +75,8 @@ def sincos_2d(side, width):
 
 
 def split_heads(x, heads):
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B,T,D] -> [B,H,T,d]
+    """[B,T,D] -> [B,H,T,d]"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def attend(q, k, v, heads, bias=None):
