@@ -9,7 +9,7 @@ Images are resized and captions tokenized once. DATA_DIR/DATASET/SPLIT has
     meta.json     record, tokenizer, counts
 
 Batches depend on (seed, position in the run) alone: a resumed run needs no saved state.
-Shape letters: B captioned images, S pixels a side, T caption tokens."""
+Shape letters are model.py's."""
 import argparse
 import contextlib
 import csv
@@ -52,7 +52,7 @@ RECORD = np.dtype([("key", "S48"), ("shard", "<i4"), ("start", "<i8"), ("image_b
 HELD_OUT = 0.005  # share of the images
 UNIT_SAMPLES = 2048  # in a shard; a tar becomes one shard
 MIN_SIDE, MEGAPIXELS, MAX_RATIO = 8, 50, 10  # of images that are read
-SMALL = 64  # least side of stored images, in pixels; up to this size PPM, faster than JPEG
+SMALL = 64  # photographs stay at least so large; up to this image size PPM, faster than JPEG
 IMAGE_TYPES, TEXT_TYPES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 1 << 25) | dict.fromkeys(TEXT_TYPES, 1 << 20)
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints"}
@@ -89,11 +89,11 @@ def run(main):
         if isinstance(problem, torch.OutOfMemoryError):
             message = f"{lines[0]}: try a smaller --micro-batch or --batch-size"
         elif "DataLoader worker (pid" in lines[0]:
-            message = "a worker was killed (memory?): try fewer --workers"
+            message = "a worker was killed (memory, /dev/shm?): try fewer --workers"
         elif re.search("No space left|Disk quota exceeded|File too large", message):
             message += ": make room, then try again"
-        elif not isinstance(problem, UserError) and not re.search(r"\[Errno.*: '", message):
-            raise  # neither ours nor about a named file: a bug
+        elif not isinstance(problem, UserError) and "[Errno" not in message:
+            raise  # neither ours nor of the system: a bug
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -192,13 +192,12 @@ def open_image(file, short_side=None):
         return to_rgb(image)
     except BadSample:
         raise
-    except FileNotFoundError:
-        reason = "no such file"
     except Image.UnidentifiedImageError:
         reason = "not a JPEG, PNG or WebP image"
     except Exception as problem:  # decoders raise a dozen types
         large = "MAX_TEXT" in str(problem)
         reason = "PNG metadata above 16 MB" if large else "image data is broken"
+        reason = getattr(problem, "strerror", None) or reason
     raise BadSample(reason)
 
 
@@ -209,7 +208,7 @@ def to_rgb(image):
         image = image.point(lambda value: value * (255 / white) + 0).convert("L")
         image.info.pop("transparency", None)  # a grey of 16 bits
     if image.has_transparency_data:
-        layer = image.convert("LA" if image.mode == "La" else "RGBA")
+        layer = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")
         image.paste(layer, mask=layer)
     return image.convert("RGB")
@@ -217,7 +216,7 @@ def to_rgb(image):
 
 def crop_square(image, side):
     """Central square of a PIL image -> uint8 [side,side,3]."""
-    return np.asarray(ImageOps.fit(image, (side, side), Image.BICUBIC))
+    return np.asarray(ImageOps.fit(image, (side, side)))
 
 
 def random_crop_box(size, scale, rng):
@@ -251,7 +250,7 @@ SHAPES_CAPTION = re.compile(
 
 
 def draw_shapes(seed, pixels):
-    """Seed -> PIL image [pixels,pixels] and caption, wrong if its two colours are exchanged."""
+    """Seed -> PIL image [pixels,pixels] and caption, untrue with its two colours exchanged."""
     rng = np.random.default_rng(seed)
     size = list(FORM_SIZES)[rng.integers(2)]
     form = FORMS[rng.integers(4)]
@@ -288,6 +287,10 @@ def split_name(name):
     return stem, extension[1:].lower()
 
 
+def is_image(name):
+    return split_name(name)[1] not in ("txt", "csv", "json", "xml", "md", "html")
+
+
 def is_junk(path):
     """Is it a file of an operating system or notebook?"""
     return any(part in JUNK or part[:2] == "._" for part in str(path).lower().split("/"))
@@ -305,7 +308,7 @@ def list_files(path, entered):
 
 
 def group_files(files):
-    """(name, place) pairs -> [(stem, [(type, place), ...], None), ...]"""
+    """(name, place) pairs -> samples of find_units; place: read_file's (path[, start, size])."""
     samples = defaultdict(list)
     for name, place in files:
         stem, kind = split_name(name)
@@ -315,10 +318,11 @@ def group_files(files):
 
 
 def find_sources(patterns):
-    """Patterns with *, ? and [] -> paths, at least one each."""
+    """Patterns with *, **, ? and [] -> paths, at least one each."""
     found = set()
     for pattern in map(os.path.expanduser, patterns):
-        paths = glob.glob(pattern.replace("[", "[[]")) or glob.glob(pattern)  # [] may be of a name
+        literal = pattern.replace("[", "[[]")  # [] may be of a name
+        paths = glob.glob(literal, recursive=True) or glob.glob(pattern, recursive=True)
         if not paths:
             hint = "; type {0..9} without quotes" if "{" in pattern else ""
             raise UserError(f"--source {pattern}: no such file or folder{hint}")
@@ -395,16 +399,11 @@ def tar_members(file, skipped):
                 skipped["tar member is not a file"] += 1
             file.seek(start + math.ceil(member.size / 512) * 512)
     except (tarfile.HeaderError, EOFError, zlib.error):
-        skipped["tar is cut short or damaged"] += 1
+        skipped[f"{file.name} is cut short or damaged"] += 1
 
 
 # ---- tables of captions
 TABLES = "JSON of COCO or Karpathy, [{image, caption}, ...], or lines `image,caption`"
-
-
-def decode_text(content):
-    """UTF-8, with or without byte order mark."""
-    return content.decode("utf-8-sig")
 
 
 def read_table(path, split):
@@ -412,7 +411,8 @@ def read_table(path, split):
     table = defaultdict(list)
     try:
         content = Path(path).read_bytes()
-        text = decode_text(gzip.decompress(content) if path.endswith(".gz") else content)
+        content = gzip.decompress(content) if path.endswith(".gz") else content
+        text = content.decode("utf-8-sig")  # with or without byte order mark
         is_json = text.lstrip()[:1] in ("{", "[")
         rows = json_rows(json.loads(text), split) if is_json else text_rows(text)
         for name, captions in rows:
@@ -444,21 +444,20 @@ def json_rows(value, split):
 
 
 def text_rows(text):
-    """Yield (image, caption): first and last column."""
-    text = re.sub(r"(?m)^([^|\n]+\| *\d) {3}", r"\1| ", text)  # a row of Flickr30k lacks a |
+    """Yield (image, caption)."""
+    # Flickr30k has a number between; one row lacks a |
+    text = re.sub(r"(?m)^([^|\n]+\|) *(\d|comment_number)(\|| {3})", r"\1", text)
     mark = re.search(r"[,;|\t]|$", text)[0] or ","
     quoting = csv.QUOTE_MINIMAL if mark in ",;" else csv.QUOTE_NONE
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, quoting=quoting,
                         skipinitialspace=True, strict=True)
-    columns = 0
     for row in filter(None, reader):
-        columns = columns or max(2, len(row))
-        if len(row) != columns:
+        if len(row) != 2:
             raise ValueError(f"line {reader.line_num:,} ({mark.join(row):.80}) has {len(row)} "
-                             f"columns, not {columns}")
+                             "columns, not 2")
         name = re.sub(r"(\.[A-Za-z]\w+)#\d+$", r"\1", row[0].strip())  # Flickr: name.jpg#0
         if reader.line_num > 1 or re.search(r"\.\w{2,5}$", name):  # not the header
-            yield name, row[-1]
+            yield name, row[1]
 
 
 def place_table(table, files):
@@ -466,10 +465,13 @@ def place_table(table, files):
     by_name = defaultdict(list)
     for path in files:
         by_name[os.path.basename(path)].append(path)
+    rows = Counter(os.path.basename(name) for name, _ in table)
     samples = []
     for name, captions in table:
-        paths = by_name[os.path.basename(name)]
-        paths = [path for path in paths if path.endswith("/" + name)] or paths
+        base = os.path.basename(name)
+        paths = [path for path in by_name[base] if path.endswith("/" + name)]
+        if not paths and rows[base] == 1:
+            paths = by_name[base]
         if len(paths) > 1:
             raise UserError(f"--captions: {name} is both of {listed(paths)}: use one --source")
         stem, kind = split_name(name)
@@ -490,7 +492,7 @@ def read_file(kind, path, start=0, size=1 << 62):
 def find_captions(files):
     """{type: bytes} -> captions"""
     try:
-        text = decode_text(files.get("txt", b""))
+        text = files.get("txt", b"").decode("utf-8-sig")
         record = json.loads(files.get("json", b"{}"))
     except (ValueError, RecursionError):
         raise BadSample("caption is not UTF-8, or broken JSON") from None
@@ -515,7 +517,7 @@ def store_image(files, image_size):
     side = max(SMALL, round(image_size * 8 / 7))
     image = open_image(io.BytesIO(contents[0]), side)
     if min(image.size) > side:
-        image = ImageOps.cover(image, (side, side), Image.BICUBIC)
+        image = ImageOps.cover(image, (side, side))
     return encode_image(image, image_size)
 
 
@@ -530,15 +532,15 @@ def read_samples(unit, skipped, image_size=None):
         return
     if source == "tar":
         with open(content, "rb") as file:
-            content = group_files((name, (content, file.tell(), size))
-                                  for name, size in tar_members(file, skipped))
+            content = group_files([(name, (content, file.tell(), size))
+                                   for name, size in tar_members(file, skipped)])
 
     types = MAX_BYTES if image_size else TEXT_TYPES
     for stem, places, captions in content:
         try:
             files = {kind: read_file(kind, *place) for kind, place in places if kind in types}
             captions = find_captions(files) if captions is None else captions
-            captions = [text for text in map(clean_caption, captions) if text]
+            captions = [*filter(None, map(clean_caption, captions))]
             if not captions:
                 raise BadSample("no caption")
             image = image_size and store_image(files, image_size)
@@ -555,7 +557,7 @@ def replace_file(path):
     """A binary file that replaces `path` when the block ends well."""
     temporary = Path(f"{path}.tmp")
     try:
-        with open(temporary, "w+b") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -614,12 +616,16 @@ def write_shard(folder, plan, job):
     return done
 
 
-def choose_tokenizer(folder, units, name):
+def choose_tokenizer(folder, units, plan):
     """Spec of the tokenizer: that of train, of tiktoken, or made of the captions."""
+    name = plan["tokenizer"]
     words = re.fullmatch(r"words:\d+", name)
     train = folder.parent / "train"
     if folder != train and (words or (train / "meta.json").exists()):
-        tokenizer = Shards(train).meta["tokenizer"]
+        meta = Shards(train).meta
+        tokenizer = meta["tokenizer"]
+        if meta["sources"] == plan["sources"]:
+            raise UserError(f"--split {folder.name}: the sources are train's, expected others")
         if tokenizer["name"] != name:
             raise UserError(f"--tokenizer {name}: train has {tokenizer['name']}, as all must")
         return tokenizer
@@ -635,7 +641,7 @@ def choose_tokenizer(folder, units, name):
 
 def make_split(folder, units, plan, workers):
     """Write the shards of a split, then meta.json."""
-    plan = plan | {"tokenizer": choose_tokenizer(folder, units, plan["tokenizer"])}
+    plan = plan | {"tokenizer": choose_tokenizer(folder, units, plan)}
     (folder / "meta.json").unlink(missing_ok=True)
     lengths, skipped = Counter(), Counter()
     sizes = {}
@@ -807,8 +813,8 @@ class Batches(torch.utils.data.Dataset):
         strata  float64 [B]        place in the global batch / its size
         length  int64   [B]        tokens with EOS
 
-    (u + strata) mod 1 is stratified over the global batch. T is a multiple of 8, or max_tokens, to
-    which captions are cut before EOS. augment=False: in order, central crop, first caption; the
+    (u + strata) mod 1 is stratified over the global batch. T is a multiple of 8, or max_tokens;
+    longer captions are cut, EOS stays. augment=False: in order, central crop, first caption; the
     last batch may be smaller."""
     shards: Shards
     batch_size: int
@@ -833,7 +839,7 @@ class Batches(torch.utils.data.Dataset):
         tokens = np.full((B, self.max_tokens), self.shards.tokenizer.eot_token)
         noise = np.empty((B, self.max_tokens), np.float32)
         length = np.empty(B, np.int64)
-        for row, place in enumerate(places.tolist()):
+        for row, place in enumerate(places):
             images[row], caption, noise[row] = self.sample(start + place)
             tokens[row, :len(caption)] = caption
             length[row] = len(caption)
@@ -851,7 +857,7 @@ class Batches(torch.utils.data.Dataset):
         rng = random_stream(self.seed, SAMPLE, number)
         noise = rng.random(self.max_tokens, dtype=np.float32)
         if self.augment:
-            index = int(shuffled(len(self.shards), self.seed, epoch)[index])
+            index = shuffled(len(self.shards), self.seed, epoch)[index]
         captions = self.shards.captions(index)
         caption = captions[rng.integers(len(captions)) if self.augment else 0]
         if len(caption) > self.max_tokens:
@@ -859,7 +865,7 @@ class Batches(torch.utils.data.Dataset):
         image = self.shards.image(index, round(self.image_size / math.sqrt(self.crop_scale)))
         if self.augment and self.crop_scale < 1:
             box = random_crop_box(image.size, self.crop_scale, rng)
-            image = image.resize((self.image_size, self.image_size), Image.BICUBIC, box)
+            image = image.resize((self.image_size, self.image_size), box=box)
         image = crop_square(image, self.image_size)
         if self.augment and self.flip and rng.random() < 0.5:
             image = image[:, ::-1]
@@ -872,7 +878,7 @@ def main():
     add = parser.add_argument
     add("--dataset", required=True, help="any name")
     add("--split", choices=("train", "val", "test"), default="train")
-    add("--source", nargs="+", help="tars, folders or patterns")
+    add("--source", nargs="+", action="extend", help="tars, folders or patterns")
     add("--captions", metavar="FILE", help=TABLES)
     add("--image-size", type=positive_int, help="largest to train at (default: preset's or 224)")
     add("--tokenizer", help="of tiktoken, or words:N (default: preset's or gpt2)")

@@ -70,8 +70,8 @@ def sincos(positions, width):
 
 def sincos_2d(side, width):
     """Table of a side x side grid, row by row, half the width per axis -> [side**2,width]."""
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    return torch.cat([sincos(y.flatten(), width // 2), sincos(x.flatten(), width // 2)], dim=1)
+    place = torch.arange(side ** 2)
+    return torch.cat([sincos(place // side, width // 2), sincos(place % side, width // 2)], dim=1)
 
 
 def split_heads(x, heads):
@@ -94,7 +94,7 @@ def attend(q, k, v, heads, bias=None):
     if bias is None and q.device.type != "cpu":
         out = F.scaled_dot_product_attention(q, k, v)
     else:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B,H,T,N]
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # [B,H,T,N]
         if bias is not None:
             scores = scores + bias.to(scores.dtype)
         out = scores.softmax(dim=-1) @ v
@@ -273,7 +273,7 @@ def init_weights(model):
     for name, parameter in model.named_parameters():
         if name.endswith("embed.weight"):
             nn.init.normal_(parameter, std=WORD_STD)
-        elif name.endswith("bias") or name.endswith("head.weight"):
+        elif name.endswith(("bias", "head.weight")):
             nn.init.zeros_(parameter)
         elif parameter.ndim > 1 and "pos" not in name:
             nn.init.xavier_uniform_(parameter.flatten(1))

@@ -49,10 +49,6 @@ Item = namedtuple("Item", "image group captions")
 
 
 # ---- images and features
-def is_image(name):
-    return data.split_name(name)[1] not in ("txt", "csv", "json", "xml", "md", "html")
-
-
 def read_archive(path, split):
     """Yield (label, name, image) of a tar of CLASS/image or CIFAR's archive. Raises UserError."""
     file = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
@@ -62,7 +58,7 @@ def read_archive(path, split):
             content = file.read(min(size, 1 << 28))
             folder, base = os.path.split(name)
             if not base.endswith(".bin"):
-                if is_image(name):
+                if data.is_image(name):
                     yield os.path.basename(folder), name, io.BytesIO(content)
             elif base.startswith("test") == (split == "test"):
                 labels = 1 if "batch" in base else 2  # CIFAR-100: a coarse one first
@@ -90,7 +86,7 @@ def open_labelled(source, dataset, split):
             return f"{split} {data.describe(place)}", read_archive(place, split)
         files = map(Path, data.list_files(place, set()))
         images = [(file.relative_to(place).parts[0], file, file) for file in files
-                  if file.parent != place and is_image(file)]
+                  if file.parent != place and data.is_image(file)]
         if images:  # ILSVRC's flat test folder has no labels: val is next
             key = [(label, *data.describe(file)) for label, _, file in images]
             return f"{split} {key}", iter(images)
@@ -105,7 +101,7 @@ def read_square(side, image, box=None):
     if not isinstance(image, Image.Image):
         image = data.open_image(image, None if box else side)
     if box:
-        image = image.crop(np.clip(box, 0, image.size * 2).tolist())
+        image = image.crop(np.clip(box, 0, image.size * 2).tolist())  # (w, h, w, h)
     if not all(image.size):
         raise BadSample(f"its box {box} is empty")
     return data.crop_square(image, side)
@@ -254,8 +250,8 @@ def number_classes(train, test):
 
 
 def linear_probe(train, labels, test, answers, seed=0, minibatch=None):
-    """Features [n,D] and labels [n] -> figures_of, and the "C" or "lr" with the best accuracy,
-    "held_out", on a random tenth of `train`."""
+    """Features [n,D], labels [n] -> figures_of on `test`, the best "C" or "lr", and "held_out", its
+    accuracy on a random tenth of `train`."""
     classes = int(labels.max()) + 1
     if minibatch is None:  # above about half an hour for the exact fit
         minibatch = len(train) * max(classes, train.shape[1] / 16) > 8e6
@@ -315,7 +311,7 @@ def read_items(dataset, source, folder):
     items = []
     try:
         for file in sorted(source.glob("*.json")) if source.is_dir() else [source]:
-            rows = json.loads(data.decode_text(file.read_bytes()))
+            rows = json.loads(file.read_bytes())
             for row in rows.values() if isinstance(rows, dict) else rows:
                 captions = [data.clean_caption(row[field]) for field in fields]
                 if not all(captions):
@@ -340,9 +336,9 @@ def normalize_caption(caption):
 @torch.no_grad()
 def score_items(model, checkpoint, items, features, draws=32, seed=0, batch_size=128,
                 exchanges=64):
-    """Items and {item.image: features [N,D]} in random order -> {rule: score_captions [2,items,2],
-    real and blind}, lengths in tokens [items,2], log p(length) [items,2]. blind: log-mean-exp over
-    the next `exchanges` images, with the same masks."""
+    """-> scores {rule: [real or blind, items, 2 captions]}, lengths in tokens [items,2] and
+    log p(length) [items,2]. features: {item.image: [N,D]}, shuffled; a blind score is the
+    log-mean-exp over the next `exchanges` images, with the same masks."""
     tokenizer = data.load_tokenizer(checkpoint["tokenizer"])
     config = model.config
     circle = list(features.values())
@@ -355,12 +351,12 @@ def score_items(model, checkpoint, items, features, draws=32, seed=0, batch_size
     tokens = [tokenizer.encode_ordinary(text)[:config.max_tokens - 1] for text in texts]
     tokens = [[*ids, config.eos] for ids in tokens]
     owner = np.arange(len(texts)) // 2  # items
-    own = np.repeat([places[item.image] for item in items], 2)
+    home = np.repeat([places[item.image] for item in items], 2)
     scores = {rule: np.full((2, len(texts)), -np.inf) for rule in RULES[config.objective]}
     for start in tqdm(range(0, len(texts), batch_size), "scoring"):
         batch = slice(start, start + batch_size)
         for shift in range(exchanges + 1):
-            seen = [circle[place] for place in (own[batch] + shift) % len(circle)]
+            seen = [circle[place] for place in (home[batch] + shift) % len(circle)]
             seen = torch.stack(seen).to(next(model.parameters()).device, torch.float32)
             for rule in scores:
                 score = score_captions(model, seen, tokens[batch], rule, draws, seed, owner[batch])
@@ -420,7 +416,7 @@ def report_items(dataset, items, scores, lengths, terms):
 
 def main_compositionality(args, model, checkpoint):
     """Score the items, print tables, return the record."""
-    open_item = str
+    open_item = str  # `encode` opens files
     if args.dataset == "swaps":
         shards = data.open_split(args.data_dir, "shapes", "val")
         items = swap_items(shards)
@@ -511,8 +507,7 @@ def export_encoder(model, path):
             "global_pool": "avg", "fc_norm": False, "num_classes": 0}
     with data.replace_file(path) as file:
         torch.save({"state_dict": model.encoder.cpu().state_dict(), "timm": timm,
-                    "config": {"size": config.size, "image_size": config.image_size},
-                    "mean": [0.5] * 3, "std": [0.5] * 3}, file)
+                    "config": vars(config), "mean": [0.5] * 3, "std": [0.5] * 3}, file)
 
 
 def main():
@@ -526,12 +521,13 @@ def main():
         "and `test` (or `val`) of CLASS/image")
     add("--images", default=".", help="folder of the annotated images")
     add("--data-dir", default="data", help="folder of shapes")
-    add("--limit", type=data.positive_int, help="random training images or items (shapes: 200)")
+    add("--limit", type=data.positive_int, help="random training images or items (shapes: the first "
+        "200)")
     add("--knn", action="store_true", help="also 20 nearest neighbours")
     add("--samples", type=data.positive_int, default=32, help="masks of a Monte Carlo score")
     add("--export", help="only write the encoder to this file, for timm")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=data.non_negative_int, default=0, help="random seed")
+    add("--seed", type=data.non_negative_int, default=0)
     args = parser.parse_args()
     if not (args.export or args.dataset and args.source or args.dataset in ("shapes", "swaps")):
         parser.error("expected --dataset shapes or swaps, or --dataset NAME --source PATH")

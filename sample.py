@@ -86,7 +86,7 @@ def captions_of(model, images, lengths, tokenizer):
 def read_prompt(prompt, tokenizer, max_tokens):
     """Text with blanks `___` -> tokens [T] with EOS, -1 for each blank."""
     tokens = []
-    for part in re.split(r"\s*_{2,}", prompt):
+    for part in re.split(r"\s*_{2,}", data.clean_caption(prompt)):
         tokens += [*tokenizer.encode_ordinary(part), -1]
     tokens[-1] = tokenizer.eot_token  # no blank follows the last part
     if -1 not in tokens or len(tokens) > max_tokens:
@@ -97,10 +97,11 @@ def read_prompt(prompt, tokenizer, max_tokens):
 # ---- scores
 @torch.no_grad()
 def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed=0, items=None):
-    """log p(caption | image, length), or a bound -> [B] float64 nats ("clip": the cosine).
+    """Scores by a rule of diffusion.scoring_masks -> [B] float64 nats ("ar": the exact log p,
+    whatever the rule; "clip": the cosine).
 
-    features [B,N,D]; captions: B lists of token ids with EOS; rule: see diffusion.log_likelihood
-    ("ar": always exact). Captions of the same item, items [B], get the same random masks."""
+    features [B,N,D]; captions: B lists of token ids with EOS; items [B]: captions of the same
+    item get the same random masks."""
     config = model.config
     rows = [torch.tensor(caption, device=features.device) for caption in captions]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
@@ -324,10 +325,6 @@ def watch(model, tokenizer, states):
 
 
 # ---- command line
-def is_image(path):
-    return data.split_name(path)[1] in data.IMAGE_TYPES
-
-
 def parse_args():
     parser = data.Parser(__doc__)
     add = parser.add_argument
@@ -342,7 +339,7 @@ def parse_args():
     add("--steps", type=positive_int, help="default: one per token (best)")
     add("--order", choices=diffusion.ORDERS, default="confidence")
     add("--temperature", type=data.non_negative_float, default=0.0, help="default: 0, greedy")
-    add("--seed", type=data.non_negative_int, default=0, help="random seed")
+    add("--seed", type=data.non_negative_int, default=0)
     add("--length", type=positive_int, help="tokens, end included (default: training median)")
     add("--prompt", help="words with blanks `___`, one token each")
     add("--trace", action="store_true", help="print all steps")
@@ -350,7 +347,8 @@ def parse_args():
     add("--metrics", action="store_true", help="BLEU, ROUGE-L and CIDEr-D")
     add("--score", nargs="+", metavar="TEXT", default=[], help="rank captions; scores in nats")
     args = parser.parse_args()
-    files = [word for word in args.score if os.path.exists(word) or is_image(word)]
+    files = [word for word in args.score
+             if os.path.exists(word) or data.split_name(word)[1] in data.IMAGE_TYPES]
     args.images += files
     args.score = [word for word in args.score if word not in files]
     if (bool(args.images) == bool(args.dataset) or args.metrics and not args.dataset
@@ -373,9 +371,9 @@ def find_images(args):
     for path in args.images:
         files = [path]
         if os.path.isdir(path):
-            files = [*filter(is_image, data.list_files(path, set()))]
+            files = [*filter(data.is_image, data.list_files(path, set()))]
         if not files:
-            raise UserError(f"{path}: no jpg, png or webp images")
+            raise UserError(f"{path}: no images")
         names += files
     return names[:args.count], None
 

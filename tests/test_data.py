@@ -124,7 +124,7 @@ def test_a_damaged_tar_costs_only_itself(tmp_path, damage):
     whole = make_tar(tmp_path / "b.tar", good(6, 10)).read_bytes()
     (tmp_path / "b.tar").write_bytes(damage(whole))
     meta = build(tmp_path / "out", tmp_path / "*.tar")
-    assert 3 <= meta["samples"] < 9 and meta["skipped"]["tar is cut short or damaged"] == 1
+    assert 3 <= meta["samples"] < 9 and meta["skipped"][f"{tmp_path}/b.tar is cut short or damaged"] == 1
 
 
 def test_all_layouts_give_the_same_samples(tmp_path):
@@ -272,9 +272,10 @@ def test_one_tokenizer_for_all_splits(tmp_path):
     with pytest.raises(UserError, match="--split train"):
         build(tmp_path, tmp_path / "a.tar", "val")
     train = build(tmp_path, tmp_path / "a.tar")
-    assert build(tmp_path, tmp_path / "a.tar", "val")["tokenizer"] == train["tokenizer"]
+    make_tar(tmp_path / "b.tar", good(3, 10))
+    assert build(tmp_path, tmp_path / "b.tar", "val")["tokenizer"] == train["tokenizer"]
     with pytest.raises(UserError, match="train has words:50"):
-        prepare("set", "val", tmp_path, [str(tmp_path / "a.tar")], image_size=16, tokenizer="words:9", fresh=True)
+        prepare("set", "val", tmp_path, [str(tmp_path / "b.tar")], image_size=16, tokenizer="words:9", fresh=True)
 
 
 @pytest.mark.parametrize("meta", ["", "[]", "{}", "[" * 10_000, "null", "\0"])
@@ -529,8 +530,8 @@ HOSTILE_TARS = {
         {"tar member is not a file": 5},
     ),
     "escaping names": ([member("../../x.jpg", jpeg()), member("/x.txt", b"x")], {"no caption": 1, "no image": 1}),
-    "backward member": ([header("x.txt", -512)], {"tar is cut short or damaged": 1}),
-    "beyond the end": ([header("x.txt", 1 << 32)], {"tar is cut short or damaged": 1}),
+    "backward member": ([header("x.txt", -512)], {"a.tar is cut short or damaged": 1}),
+    "beyond the end": ([header("x.txt", 1 << 32)], {"a.tar is cut short or damaged": 1}),
 }
 
 
@@ -541,11 +542,12 @@ def test_hostile_tars_cost_little_and_are_counted(tmp_path, name):
         file.write(PAIRS)
         for part in parts:
             file.write(part) if isinstance(part, bytes) else file.seek(part, 1)
-        ended = "tar is cut short or damaged" in losses
+        ended = "a.tar is cut short or damaged" in losses
         file.write(bytes(1024) if ended else b"".join(member(*each) for each in good(1, 90)) + bytes(1024))
     before = set(tmp_path.parent.rglob("*"))
     meta = build(tmp_path / "out", tmp_path / "a.tar")
-    assert meta["samples"] == 8 - ended + ("again" in name) and meta["skipped"] == losses
+    assert meta["samples"] == 8 - ended + ("again" in name)
+    assert {reason.removeprefix(f"{tmp_path}/"): n for reason, n in meta["skipped"].items()} == losses
     assert all(path.is_relative_to(tmp_path / "out") for path in set(tmp_path.parent.rglob("*")) - before)
     unit = ("tar", tmp_path / "a.tar")
     read = lambda: list(data.read_samples(unit, data.Counter(), 16))  # noqa: E731
@@ -703,13 +705,23 @@ def test_a_killed_worker_is_one_line(tmp_path, capsys, monkeypatch):
     assert build(tmp_path, source)["samples"] == 3
 
 
-def test_a_file_that_a_worker_may_not_read_is_one_line(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["secret.jpg", "it's secret.jpg"])
+def test_a_file_that_a_worker_may_not_read_is_one_line(tmp_path, capsys, monkeypatch, name):
     def refused(*_):
-        raise PermissionError(errno.EACCES, "Permission denied", "secret.jpg")
+        raise PermissionError(errno.EACCES, "Permission denied", name)
 
     source = make_tar(tmp_path / "a.tar", good(3))
     monkeypatch.setattr(data, "open_image", refused)
-    assert "Permission denied: 'secret.jpg'" in one_line(capsys, lambda: build(tmp_path, source))
+    assert f"Permission denied: {name!r}" in one_line(capsys, lambda: build(tmp_path, source))
+
+
+def test_an_image_that_may_not_be_read_is_not_called_broken(monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "secret.jpg")
+
+    monkeypatch.setattr(Image, "open", refused)
+    with pytest.raises(data.BadSample, match="Permission denied"):
+        data.open_image("secret.jpg")
 
 
 @pytest.mark.parametrize("problem", [RuntimeError("a bug"), RuntimeError(), OSError("a bug")])
@@ -827,6 +839,28 @@ def test_patterns_and_names_may_have_brackets(tmp_path):
         data.find_sources([f"{tmp_path}/a{{08..11}}.tar"])
 
 
+def test_two_stars_find_tars_at_any_depth(tmp_path):
+    for name in ("a.tar", "1/b.tar", "1/2/c.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert len(data.find_sources([f"{tmp_path}/**/*.tar"])) == 3
+
+
+def test_a_source_given_twice_counts_twice(tmp_path, script):
+    tars = [make_tar(tmp_path / f"{name}.tar", good(2, start)) for name, start in (("a", 0), ("b", 5))]
+    said = script("data.py", "--dataset", "set", "--data-dir", tmp_path, "--tokenizer", "words:9", "--workers", 1,
+                  "--source", tars[0], "--source", tars[1]).stdout
+    assert "4 images" in said
+
+
+def test_a_validation_split_of_the_training_images_is_refused(tmp_path):
+    for source in (make_tar(tmp_path / "a.tar", good(3)), make_folder(tmp_path / "a", good(3))):
+        build(tmp_path, source, fresh=True)
+        with pytest.raises(UserError, match="--split val: the sources are train's"):
+            build(tmp_path, source, "val", fresh=True)
+        build(tmp_path, make_tar(tmp_path / "b.tar", good(2, 7)), "val", fresh=True)
+
+
 def test_every_source_that_does_not_exist_is_named_in_a_short_line(tmp_path):
     make_folder(tmp_path / "a", good(2))
     with pytest.raises(UserError, match="b: no such"):
@@ -852,6 +886,14 @@ def test_the_images_of_a_table_are_found_in_all_sources(tmp_path):
         prepare("set", "val", tmp_path, sources, **options)
     with pytest.raises(UserError, match="a.tar: expected a folder"):
         build(tmp_path, make_tar(tmp_path / "a.tar", good(1)), captions=options["captions"], fresh=True)
+
+
+def test_a_row_never_gets_an_image_that_another_row_may_mean(tmp_path):
+    make_folder(tmp_path / "in" / "dogs", [("1.jpg", jpeg())])
+    for rows, used in (("cats/1.jpg,a cat\ndogs/1.jpg,a dog\n", ["a dog"]), ("elsewhere/1.jpg,a dog\n", ["a dog"])):
+        (tmp_path / "c.csv").write_text(rows)
+        build(tmp_path, tmp_path / "in", captions=str(tmp_path / "c.csv"), fresh=True)
+        assert texts(Shards(tmp_path / "set/train")) == [used]
 
 
 def test_corrected_captions_and_added_files_are_noticed(tmp_path):
@@ -922,7 +964,7 @@ def saved(image, form, **options):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV"])
 def test_a_ramp_in_any_mode_stays_a_ramp(mode):
     grey = Image.fromarray(RAMP)
     if mode in ("P", "PA"):
@@ -930,8 +972,6 @@ def test_a_ramp_in_any_mode_stays_a_ramp(mode):
         image.putpalette([value for value in range(256) for _ in range(3)])
         if mode == "PA":
             image.putalpha(255)
-    elif mode == "La":
-        image = grey.convert("LA").convert("La")
     else:
         image = grey.convert("RGB").convert(mode, dither=Image.Dither.NONE)
     assert image.mode == mode
@@ -1062,6 +1102,7 @@ def test_only_the_number_of_flickr_keys_is_cut_off(tmp_path):
     [
         ("image,caption\n0.jpg,a dog\n1.jpg,a dog, a cat\n", "line 3 .1.jpg,a dog,a cat. has 3 columns, not 2"),
         ("0.jpg\ta dog\n1.jpg\n", "line 2 .1.jpg. has 1 columns, not 2"),
+        ("image,caption,split\n0.jpg,a dog,train\n", "line 1 .image,caption,split. has 3 columns, not 2"),
         ('0.jpg,a dog\n1.jpg,"a "big" dog"\n', "after 1 good images"),
         ('0.jpg,a dog\n1.jpg,"a dog\n2.jpg,a cat\n', "after 1 good images"),
         ('[{"image": "0.jpg", "caption": "a dog"}, {"image": "1.jpg", "caption": 7}]', "after 1 good images"),

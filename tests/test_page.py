@@ -229,7 +229,7 @@ def test_mistakes_get_one_line(page, words, message):
     assert "\n" not in str(problem.value)
 
 
-@pytest.mark.parametrize("name, message", [("nowhere.jpg", "no such file"), ("mdc.pt", "not a JPEG")])
+@pytest.mark.parametrize("name, message", [("nowhere.jpg", "No such file"), ("mdc.pt", "not a JPEG")])
 def test_a_file_that_is_no_image_gets_one_line(page, name, message, capsys):
     folder = page[0].parent
     with pytest.raises(SystemExit) as end:

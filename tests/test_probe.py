@@ -632,9 +632,9 @@ def test_boxes_are_cut_to_the_image_and_missing_images_are_counted(tmp_path, scr
         Image.new("RGB", (10, 10), (i, 0, 0)).save(tmp_path / f"{i}.png")
     command = ("probe.py", "--ckpt", tmp_path / "ckpt.pt", "--dataset", "sugarcrepe", "--source", tmp_path / "items.json")
     done = script(*command, "--images", tmp_path, "--samples", 2, expect=2)
-    assert re.search(r"1 images are missing or broken, .*4.png: no such file; 3 items are left\n", done.stdout)
+    assert re.search(r"1 images are missing or broken, .*4.png: No such file or directory; 3 items are left\n", done.stdout)
     said = done.stderr.split("\r")[-1]  # a progress bar is before it
-    assert re.search(r"error: left out of these figures: .*4.png: no such file\n$", said)
+    assert re.search(r"error: left out of these figures: .*4.png: No such file or directory\n$", said)
     record = json.loads((tmp_path / "probe.jsonl").read_text())
     assert record["items"] == 3 and set(record["results"]) == {
         "monte-carlo",

@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import sample
@@ -63,6 +64,7 @@ def test_prompts_keep_their_words():
     tokens = sample.read_prompt("a ___ dog on ___", tokenizer, 16)
     assert tokens[[1, 4, 5]].tolist() == [-1, -1, tokenizer.eot_token] and len(tokens) == 6
     assert tokenizer.decode(tokens[[0, 2, 3]].tolist()) == "a dog on"
+    assert torch.equal(sample.read_prompt(" a  ___\tdog on ___\n", tokenizer, 16), tokens)  # as captions are cleaned
     for wrong in ("no blank", "___ " * 20):
         with pytest.raises(UserError, match="blanks"):
             sample.read_prompt(wrong, tokenizer, 16)
@@ -209,11 +211,12 @@ def test_the_report_judges_captions_of_shapes(shapes, tmp_path):
 def call(tmp_path_factory):
     """call(objective, words...) -> the lines that sample.py prints about three drawings."""
     folder = tmp_path_factory.mktemp("sample")
+    checkpoint = tmp_path_factory.mktemp("run") / "ckpt.pt"
     for seed in range(3):
         data.draw_shapes(seed, 32)[0].save(folder / f"{seed}.png")
 
     def run(objective, *words, source=folder):
-        command = ["sample.py", "--ckpt", write_checkpoint(folder / "ckpt.pt", objective), source, *words]
+        command = ["sample.py", "--ckpt", write_checkpoint(checkpoint, objective), source, *words]
         with mock.patch("sys.argv", [*map(str, command)]), contextlib.redirect_stdout(io.StringIO()) as said:
             sample.main()
         return [line.partition("\t")[2] for line in said.getvalue().splitlines() if "\t" in line] or said.getvalue()
@@ -272,7 +275,7 @@ def test_the_visual_gain_compares_with_all_images_of_the_command(call, batch_siz
 def test_an_image_to_score_that_is_not_there_is_no_caption(call, capsys):
     with pytest.raises(SystemExit) as end:
         call("mdc", "--score", "a dog", "nowhere.jpg")
-    assert end.value.code == 1 and "nowhere.jpg: no such file" in capsys.readouterr().err
+    assert end.value.code == 1 and "nowhere.jpg: No such file" in capsys.readouterr().err
     with pytest.raises(UserError, match="captions"):
         call("mdc", "--score", "nowhere.jpg")
 
@@ -314,6 +317,17 @@ def test_a_page_leaves_out_images_that_cannot_be_read(tmp_path, capsys):
     assert all(image["steps"] and image["tokens"] for image in content["images"])
 
 
+def test_images_of_other_types_in_a_folder_are_named(tmp_path, call, capsys):
+    (tmp_path / "in").mkdir()
+    for name, form in (("a.png", "PNG"), ("b.bmp", "BMP"), ("c.jfif", "JPEG")):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / "in" / name, form)
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    with pytest.raises(SystemExit) as end:
+        call("mdc", source=tmp_path / "in")
+    assert end.value.code == 1, "the others are captioned"
+    assert capsys.readouterr().err == f"error: {tmp_path}/in/b.bmp: not a JPEG, PNG or WebP image\n"
+
+
 def test_nothing_to_caption_is_an_error(tmp_path, call, capsys):
     folder = bad_folder(tmp_path / "in")
     with pytest.raises(SystemExit) as end:
@@ -321,7 +335,7 @@ def test_nothing_to_caption_is_an_error(tmp_path, call, capsys):
     assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "._a.png").write_bytes(bytes(200))
-    with pytest.raises(UserError, match="empty: no jpg, png or webp"):
+    with pytest.raises(UserError, match="empty: no images"):
         call("mdc", tmp_path / "empty")
 
 
