@@ -6,13 +6,13 @@
 The same command continues a stopped run, bit for bit on a CPU. `main` reads from top to bottom;
 `step_loss` calls the objectives."""
 import argparse
+import functools
 import json
 import math
 import os
 import shlex
 import signal
 import sys
-import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -35,13 +35,13 @@ from model import SIZES, Block, Config, build_model, flops
 # cc3m, cc12m and others: values of CapPa and Cluster Masking at academic scale.
 PHOTOGRAPHS = dict(model="B/16", epochs=32.0, batch_size=2048, lr=5e-4, warmup=2000,
                    weight_decay=0.2, crop_scale=0.5, save_every=2000, eval_every=2000)
-SMALL = dict(save_every=500, eval_every=500)
+OFTEN = dict(save_every=500, eval_every=500)
 PRESETS = {
-    "shapes": dict(SMALL, model="tiny", steps=1250, batch_size=32, lr=1e-3, warmup=100,
+    "shapes": dict(OFTEN, model="tiny", steps=1250, batch_size=32, lr=1e-3, warmup=100,
                    weight_decay=0.05, crop_scale=1.0),
-    "flickr8k": dict(SMALL, model="tiny/4", steps=4000, batch_size=64, lr=7.5e-4, warmup=200,
+    "flickr8k": dict(OFTEN, model="tiny/4", steps=4000, batch_size=64, lr=7.5e-4, warmup=200,
                      weight_decay=0.1, crop_scale=0.5, flip=True),
-    "coco": PHOTOGRAPHS | dict(SMALL, model="S/16", batch_size=512, lr=1e-3, warmup=1000),
+    "coco": PHOTOGRAPHS | dict(OFTEN, model="S/16", batch_size=512, lr=1e-3, warmup=1000),
     "recap": dict(PHOTOGRAPHS, epochs=20.0),
 }
 # --init: gentle, to keep what the weights know.
@@ -92,7 +92,7 @@ def make_parser():
     add("--lr", type=non_negative_float, help="peak learning rate of AdamW")
     add("--warmup", type=non_negative_int, help="steps")
     add("--weight-decay", type=non_negative_float, help="of matrices")
-    add("--seed", type=non_negative_int, default=0, help="random seed")
+    add("--seed", type=non_negative_int, default=0)
     add("--init", help="checkpoint to fine-tune")
 
     add = parser.add_argument_group("machine and output").add_argument
@@ -473,11 +473,13 @@ def leave_group(_):
 
 def load(run, batches, items):
     """Yield masked batches on the device, copied in the background from pinned memory."""
+    args = run.args
+    mask = functools.partial(add_masks, objective=args.objective, times=args.times,
+                             schedule=args.schedule)
     loader = torch.utils.data.DataLoader(
-        batches, None, sampler=items, num_workers=min(run.args.workers, len(items)),
+        batches, None, sampler=items, num_workers=min(args.workers, len(items)), collate_fn=mask,
         pin_memory=run.device.type == "cuda", worker_init_fn=leave_group)
     for batch in loader:
-        batch = add_masks(batch, run.args.objective, run.args.times, run.args.schedule)
         yield {name: value.to(run.device, non_blocking=True) for name, value in batch.items()}
 
 
@@ -655,7 +657,7 @@ def main():
     for length, count in train.lengths.items():
         lengths[min(length, args.max_tokens)] += count
     pairs = [f"{option}={value}" for option, value in vars(args).items() if value is not None]
-    print0(textwrap.fill("  ".join(pairs), 100, break_long_words=False, break_on_hyphens=False))
+    print0("  ".join(pairs))
     machine = f"{args.dtype} on {name}"
     print0(f"{machine}\n{len(train):,} training and {len(val):,} validation images, "
            f"{args.steps * args.batch_size / len(train):.1f} epochs")

@@ -9,7 +9,7 @@ a step each; a ratio is the median of the turns' (of sampling: of the median tim
 as seconds do not. The peers are
 
     P1  timm's VisionTransformer and torch.nn.TransformerDecoder, 64 padded tokens, logits everywhere, float32, eager
-    P2  the same under bfloat16 autocast and torch.compile
+    P2  the same with its loss under bfloat16 autocast and torch.compile
 
 with our widths, depths, vocabulary, batch, captions and AdamW (for all the fused one). Pictures are noise: a step does
 not care. The share is that of the rate of 2048^3 bfloat16 products (8192^3 on a GPU), measured in turns with the steps, and counts useful
@@ -137,16 +137,21 @@ def peer(config, fast):
     """A function (batch) that takes a training step of P1, or of P2 if `fast`."""
     model = Peer(config).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    step_model = torch.compile(model) if fast else model
+
+    def loss_of(images, tokens, mask, valid, weight):
+        logits = model(images, tokens, mask, valid)
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+        return (losses * weight.flatten()).sum()
+
+    loss_of = torch.compile(loss_of) if fast else loss_of
 
     def step(batch):
         pad = MAX_TOKENS - batch["tokens"].shape[1]
         tokens, mask, valid = (F.pad(batch[name], (0, pad)) for name in ("tokens", "mask", "valid"))
         weight = mask / batch["t"][:, None] / len(batch["images"]) / 13
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=fast):
-            logits = step_model(batch["images"], tokens, mask, valid)
-            losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
-        (losses * weight.flatten()).sum().backward()
+            loss = loss_of(batch["images"], tokens, mask, valid, weight)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
