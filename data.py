@@ -89,11 +89,11 @@ def run(main):
         if isinstance(problem, torch.OutOfMemoryError):
             message = f"{lines[0]}: try a smaller --micro-batch or --batch-size"
         elif "DataLoader worker (pid" in lines[0]:
-            message = "a worker was killed (memory, /dev/shm?): try fewer --workers"
+            message = "a worker ended (memory, /dev/shm, TMPDIR?): try fewer --workers"
         elif re.search("No space left|Disk quota exceeded|File too large", message):
             message += ": make room, then try again"
         elif not isinstance(problem, UserError) and "[Errno" not in message:
-            raise  # neither ours nor of the system: a bug
+            raise  # a bug
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -195,9 +195,7 @@ def open_image(file, short_side=None):
     except Image.UnidentifiedImageError:
         reason = "not a JPEG, PNG or WebP image"
     except Exception as problem:  # decoders raise a dozen types
-        large = "MAX_TEXT" in str(problem)
-        reason = "PNG metadata above 16 MB" if large else "image data is broken"
-        reason = getattr(problem, "strerror", None) or reason
+        reason = getattr(problem, "strerror", None) or "image data is broken"
     raise BadSample(reason)
 
 
@@ -444,8 +442,7 @@ def json_rows(value, split):
 
 
 def text_rows(text):
-    """Yield (image, caption)."""
-    # Flickr30k has a number between; one row lacks a |
+    """Yield (image, caption) without Flickr30k's numbers; one row lacks a |."""
     text = re.sub(r"(?m)^([^|\n]+\|) *(\d|comment_number)(\|| {3})", r"\1", text)
     mark = re.search(r"[,;|\t]|$", text)[0] or ","
     quoting = csv.QUOTE_MINIMAL if mark in ",;" else csv.QUOTE_NONE
@@ -469,7 +466,8 @@ def place_table(table, files):
     samples = []
     for name, captions in table:
         base = os.path.basename(name)
-        paths = [path for path in by_name[base] if path.endswith("/" + name)]
+        paths = [path for path in by_name[base]
+                 if os.path.abspath(path).endswith("/" + name.lstrip("/"))]
         if not paths and rows[base] == 1:
             paths = by_name[base]
         if len(paths) > 1:

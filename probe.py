@@ -520,9 +520,8 @@ def main():
     add("--source", help="annotations; CIFAR's *-binary.tar.gz; folder with folders or tars `train` "
         "and `test` (or `val`) of CLASS/image")
     add("--images", default=".", help="folder of the annotated images")
-    add("--data-dir", default="data", help="folder of shapes")
-    add("--limit", type=data.positive_int, help="random training images or items (shapes: the first "
-        "200)")
+    add("--data-dir", default="data")
+    add("--limit", type=data.positive_int, help="random training images or items (shapes: first 200)")
     add("--knn", action="store_true", help="also 20 nearest neighbours")
     add("--samples", type=data.positive_int, default=32, help="masks of a Monte Carlo score")
     add("--export", help="only write the encoder to this file, for timm")

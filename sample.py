@@ -329,7 +329,7 @@ def parse_args():
     parser = data.Parser(__doc__)
     add = parser.add_argument
     add("images", nargs="*", help="files or folders")
-    add("--ckpt", required=True, help="checkpoint of train.py")
+    add("--ckpt", required=True)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dataset", help="data set, in place of images")
     add("--split", choices=("train", "val", "test"), default="val")

@@ -9,6 +9,7 @@ import argparse
 import functools
 import json
 import math
+import multiprocessing.queues
 import os
 import shlex
 import signal
@@ -469,6 +470,8 @@ def compile_blocks(model):
 def leave_group(_):
     """Ctrl-C and `timeout` signal a whole process group; loaders live on to the checkpoint."""
     os.setpgid(0, 0)
+    # A batch without room in /dev/shm would be waited for without end.
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
 def load(run, batches, items):

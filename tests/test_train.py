@@ -779,3 +779,12 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(shapes, tmp_path):
     assert not (tmp_path / "pwned").exists(), "a checkpoint with code is refused and not run"
     assert not (tmp_path / "out0").exists(), "a data set that is not there makes no output folder"
     assert [file.name for file in places["BUSY"].iterdir()] == [".lock"]
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_run(shapes, tmp_path, script, monkeypatch):
+    """As a full /dev/shm does, which needs a container: sockets in a long TMPDIR cannot be opened."""
+    (tmp_path / ("long" * 30)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 30)))
+    command = ("train.py", "--data-dir", shapes, "--image-size", 16, "--steps", 2, "--batch-size", 8, "--workers", 1)
+    failed = script(*command, "--out", tmp_path / "run", expect=2)
+    assert failed.stderr.splitlines()[-1].startswith("error: a worker ended (memory, /dev/shm, TMPDIR?)")
