@@ -285,7 +285,7 @@ def split_name(name):
     return stem, extension[1:].lower()
 
 
-def is_image(name):
+def not_text(name):
     return split_name(name)[1] not in ("txt", "csv", "json", "xml", "md", "html")
 
 
@@ -397,7 +397,7 @@ def tar_members(file, skipped):
                 skipped["tar member is not a file"] += 1
             file.seek(start + math.ceil(member.size / 512) * 512)
     except (tarfile.HeaderError, EOFError, zlib.error):
-        skipped[f"{file.name} is cut short or damaged"] += 1
+        skipped[f"{os.path.basename(file.name)} is cut short or damaged"] += 1
 
 
 # ---- tables of captions
@@ -443,7 +443,7 @@ def json_rows(value, split):
 
 def text_rows(text):
     """Yield (image, caption) without Flickr30k's numbers; one row lacks a |."""
-    text = re.sub(r"(?m)^([^|\n]+\|) *(\d|comment_number)(\|| {3})", r"\1", text)
+    text = re.sub(r"(?m)^([^|,\t\n]+[|,]) *(\d|\w+_number)([|,]| {3})", r"\1", text)
     mark = re.search(r"[,;|\t]|$", text)[0] or ","
     quoting = csv.QUOTE_MINIMAL if mark in ",;" else csv.QUOTE_NONE
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, quoting=quoting,
@@ -614,16 +614,12 @@ def write_shard(folder, plan, job):
     return done
 
 
-def choose_tokenizer(folder, units, plan):
+def choose_tokenizer(folder, units, name):
     """Spec of the tokenizer: that of train, of tiktoken, or made of the captions."""
-    name = plan["tokenizer"]
     words = re.fullmatch(r"words:\d+", name)
     train = folder.parent / "train"
     if folder != train and (words or (train / "meta.json").exists()):
-        meta = Shards(train).meta
-        tokenizer = meta["tokenizer"]
-        if meta["sources"] == plan["sources"]:
-            raise UserError(f"--split {folder.name}: the sources are train's, expected others")
+        tokenizer = Shards(train).meta["tokenizer"]
         if tokenizer["name"] != name:
             raise UserError(f"--tokenizer {name}: train has {tokenizer['name']}, as all must")
         return tokenizer
@@ -639,7 +635,10 @@ def choose_tokenizer(folder, units, plan):
 
 def make_split(folder, units, plan, workers):
     """Write the shards of a split, then meta.json."""
-    plan = plan | {"tokenizer": choose_tokenizer(folder, units, plan)}
+    for file in folder.parent.glob("*/meta.json"):
+        if file.parent != folder and Shards(file.parent).meta["sources"] == plan["sources"]:
+            raise UserError(f"--source: expected other images than of {file.parent}")
+    plan = plan | {"tokenizer": choose_tokenizer(folder, units, plan["tokenizer"])}
     (folder / "meta.json").unlink(missing_ok=True)
     lengths, skipped = Counter(), Counter()
     sizes = {}

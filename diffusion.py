@@ -15,8 +15,7 @@ The baselines are special cases or neighbours: an image-conditioned BERT has one
 parallel decoding is t = 1 (both are `mdc_loss`), an autoregressive captioner is asked for
 every token (`ar_loss`), and CLIP compares whole captions with whole images (`clip_loss`).
 
-Shape letters are model.py's: B captions, T positions, K masked tokens, V vocabulary. In
-`scoring_masks`, S is the number of masks of a caption."""
+Shape letters are model.py's; in `scoring_masks`, S is the number of masks of a caption."""
 import math
 
 import torch

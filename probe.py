@@ -58,7 +58,7 @@ def read_archive(path, split):
             content = file.read(min(size, 1 << 28))
             folder, base = os.path.split(name)
             if not base.endswith(".bin"):
-                if data.is_image(name):
+                if data.not_text(name):
                     yield os.path.basename(folder), name, io.BytesIO(content)
             elif base.startswith("test") == (split == "test"):
                 labels = 1 if "batch" in base else 2  # CIFAR-100: a coarse one first
@@ -86,7 +86,7 @@ def open_labelled(source, dataset, split):
             return f"{split} {data.describe(place)}", read_archive(place, split)
         files = map(Path, data.list_files(place, set()))
         images = [(file.relative_to(place).parts[0], file, file) for file in files
-                  if file.parent != place and data.is_image(file)]
+                  if file.parent != place and data.not_text(file)]
         if images:  # ILSVRC's flat test folder has no labels: val is next
             key = [(label, *data.describe(file)) for label, _, file in images]
             return f"{split} {key}", iter(images)
@@ -101,7 +101,7 @@ def read_square(side, image, box=None):
     if not isinstance(image, Image.Image):
         image = data.open_image(image, None if box else side)
     if box:
-        image = image.crop(np.clip(box, 0, image.size * 2).tolist())  # (w, h, w, h)
+        image = image.crop(np.clip(box, 0, image.size * 2).tolist())  # w, h, w, h
     if not all(image.size):
         raise BadSample(f"its box {box} is empty")
     return data.crop_square(image, side)
@@ -243,7 +243,7 @@ def number_classes(train, test):
     names, labels = np.unique(train, return_inverse=True)
     unknown = sorted(set(test) - set(names))
     if len(names) < 2:
-        raise UserError(f"all training images are of class {names[0]}, the name of their folder")
+        raise UserError(f"all training images are of class {names[0]} (their folder)")
     if unknown:
         raise UserError(f"test images of classes without training images: {data.listed(unknown)}")
     return torch.from_numpy(labels), torch.from_numpy(np.searchsorted(names, test))

@@ -371,7 +371,7 @@ def find_images(args):
     for path in args.images:
         files = [path]
         if os.path.isdir(path):
-            files = [*filter(data.is_image, data.list_files(path, set()))]
+            files = [*filter(data.not_text, data.list_files(path, set()))]
         if not files:
             raise UserError(f"{path}: no images")
         names += files

@@ -467,7 +467,7 @@ def compile_blocks(model):
             module.compile()
 
 
-def leave_group(_):
+def init_worker(_):
     """Ctrl-C and `timeout` signal a whole process group; loaders live on to the checkpoint."""
     os.setpgid(0, 0)
     # A batch without room in /dev/shm would be waited for without end.
@@ -481,7 +481,7 @@ def load(run, batches, items):
                              schedule=args.schedule)
     loader = torch.utils.data.DataLoader(
         batches, None, sampler=items, num_workers=min(args.workers, len(items)), collate_fn=mask,
-        pin_memory=run.device.type == "cuda", worker_init_fn=leave_group)
+        pin_memory=run.device.type == "cuda", worker_init_fn=init_worker)
     for batch in loader:
         yield {name: value.to(run.device, non_blocking=True) for name, value in batch.items()}
 

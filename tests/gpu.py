@@ -1,4 +1,4 @@
-"""Everything that needs a GPU to measure, in one command of seven minutes (at most ten).
+"""Everything that needs a GPU to measure, in one command of seven minutes (at most twelve).
 
     python tests/gpu.py FOLDER [--out OUT]
 
@@ -63,7 +63,9 @@ class Steps:
                         process.send_signal(signal.SIGTERM)
                         stopped = True
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # its own processes too
+                    process.terminate()  # torchrun then ends its processes, which are in groups of their own
+                    time.sleep(5)
+                    os.killpg(process.pid, signal.SIGKILL)
                     status.append("time limit")
                     break
                 status.append(0 if stopped and process.returncode == 143 else process.returncode)

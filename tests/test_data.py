@@ -124,7 +124,7 @@ def test_a_damaged_tar_costs_only_itself(tmp_path, damage):
     whole = make_tar(tmp_path / "b.tar", good(6, 10)).read_bytes()
     (tmp_path / "b.tar").write_bytes(damage(whole))
     meta = build(tmp_path / "out", tmp_path / "*.tar")
-    assert 3 <= meta["samples"] < 9 and meta["skipped"][f"{tmp_path}/b.tar is cut short or damaged"] == 1
+    assert 3 <= meta["samples"] < 9 and meta["skipped"]["b.tar is cut short or damaged"] == 1
 
 
 def test_all_layouts_give_the_same_samples(tmp_path):
@@ -547,7 +547,7 @@ def test_hostile_tars_cost_little_and_are_counted(tmp_path, name):
     before = set(tmp_path.parent.rglob("*"))
     meta = build(tmp_path / "out", tmp_path / "a.tar")
     assert meta["samples"] == 8 - ended + ("again" in name)
-    assert {reason.removeprefix(f"{tmp_path}/"): n for reason, n in meta["skipped"].items()} == losses
+    assert meta["skipped"] == losses
     assert all(path.is_relative_to(tmp_path / "out") for path in set(tmp_path.parent.rglob("*")) - before)
     unit = ("tar", tmp_path / "a.tar")
     read = lambda: list(data.read_samples(unit, data.Counter(), 16))  # noqa: E731
@@ -856,9 +856,12 @@ def test_a_source_given_twice_counts_twice(tmp_path, script):
 def test_a_validation_split_of_the_training_images_is_refused(tmp_path):
     for source in (make_tar(tmp_path / "a.tar", good(3)), make_folder(tmp_path / "a", good(3))):
         build(tmp_path, source, fresh=True)
-        with pytest.raises(UserError, match="--split val: the sources are train's"):
+        with pytest.raises(UserError, match="--source: expected other images than of .*set/train"):
             build(tmp_path, source, "val", fresh=True)
-        build(tmp_path, make_tar(tmp_path / "b.tar", good(2, 7)), "val", fresh=True)
+        other = make_tar(tmp_path / "b.tar", good(2, 7))
+        build(tmp_path, other, "val", fresh=True)
+        with pytest.raises(UserError, match="--source: expected other images than of .*set/val"):
+            build(tmp_path, other, fresh=True)
 
 
 def test_every_source_that_does_not_exist_is_named_in_a_short_line(tmp_path):
@@ -1084,6 +1087,7 @@ def table(tmp_path, content, split="train"):
         "image.file_name,caption\n0.jpg,a dog\n1.jpg,a cat\n",
         "image;caption\n0.jpg;a dog\n1.jpg;a cat\n",
         "image_name| comment_number| comment\n0.jpg| 0| a dog\n1.jpg| 4   a cat\n",
+        "image_name,comment_number,comment\n0.jpg,0,a dog\n1.jpg, 4, a cat\n",
         json.dumps([{"image": "0.jpg", "caption": ["a dog"]}, {"image": "1.jpg", "caption": "a cat"}]),
     ],
 )
