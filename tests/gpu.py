@@ -118,8 +118,8 @@ def main():
         steps.run(f"bench-{size}".replace("/", ""), 150, bench)
 
     # Seven programs share the cores.
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
-    two = ("--workers", 2)
+    os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2" if CUDA else "1"}
+    two = ("--workers", 2 if CUDA else 0)
     with ThreadPoolExecutor(16) as pool:
         jobs = [pool.submit(steps.run, "tests", 120, ["-m", "pytest", "-q", "-n", "4" if CUDA else "0",
                                                       "-p", "no:cacheprovider", "tests/test_cuda.py"])]
