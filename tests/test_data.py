@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import gc
 import gzip
 import importlib
@@ -1174,8 +1175,11 @@ def test_ctrl_c_is_one_line(tmp_path):
         make_tar(tmp_path / f"{number}.tar", [m for i in range(20) for m in ((f"{i}.png", noise), (f"{i}.txt", b"x"))])
     words = ["--dataset", "set", "--source", "*.tar", "--tokenizer", "words:9", "--workers", "2"]
     with open(tmp_path / "said.txt", "w") as said:
-        process = subprocess.Popen([sys.executable, data.__file__, *words], cwd=tmp_path, stderr=said, start_new_session=True)
-    while process.poll() is None and not [*tmp_path.glob("data/set/train/00000.*")]:  # half written, or on a slow machine done
+        # A shell's background jobs ignore Ctrl-C, these tests among them.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen([sys.executable, data.__file__, *words], cwd=tmp_path, stderr=said,
+                                   start_new_session=True, preexec_fn=heed)
+    while process.poll() is None and not [*tmp_path.glob("data/set/train/00000.*")]:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
