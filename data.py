@@ -81,7 +81,7 @@ def run(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # as in `sample.py ... | head`
+    except BrokenPipeError:  # `sample.py ... | head`
         os._exit(1)
     except (UserError, OSError, RuntimeError) as problem:
         lines = str(problem).strip().splitlines() or [""]
@@ -290,7 +290,7 @@ def not_text(name):
 
 
 def is_junk(path):
-    """Is it a file of an operating system or notebook?"""
+    """Is it of an operating system or notebook?"""
     return any(part in JUNK or part[:2] == "._" for part in str(path).lower().split("/"))
 
 
@@ -357,6 +357,9 @@ def find_units(dataset, split, source, captions):
             raise UserError(f"--source {path}: expected a folder, or without --captions a .tar")
         files += list_files(path, entered)
     tars = []
+    packed = [path for path in files if re.search(r"\.(tgz|tar\.\w+)$", path.lower())]
+    if packed and not captions:
+        raise UserError(f"--source: {listed(packed)}: unpack or exclude them")
     if captions:
         samples = place_table(read_table(captions, split), files)
     else:
@@ -374,13 +377,17 @@ def find_units(dataset, split, source, captions):
 
 def tar_members(file, skipped):
     """Yield (name, size) of the plain files in a tar, with `file` at the start of each; `skipped`
-    counts others and damage. (TarFile keeps all members in memory.)"""
+    counts others and damage. (TarFile ends at damage in silence.)"""
     long_names = {tarfile.XHDTYPE: r"(?m)^\d+ path=(.*)\n", tarfile.GNUTYPE_LONGNAME: r"([^\0]+)"}
-    found = None
+    zeros = bytes(512)
+    header = found = None
     total = file.seek(0, os.SEEK_END)
     file.seek(0)
     try:
-        while (header := file.read(512)) != bytes(512):  # zeros are the end
+        while file.tell() < total or header != zeros:
+            header = file.read(512)
+            if header == zeros:  # the end, or another tar (cat)
+                continue
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
             start = file.tell()
             if not 0 <= member.size <= total - start:

@@ -128,6 +128,25 @@ def test_a_damaged_tar_costs_only_itself(tmp_path, damage):
     assert 3 <= meta["samples"] < 9 and meta["skipped"]["b.tar is cut short or damaged"] == 1
 
 
+def test_tars_joined_with_cat_are_read_to_the_last(tmp_path):
+    parts = [make_tar(tmp_path / f"{i}.part", good(5, 5 * i)).read_bytes() for i in range(3)]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    meta = build(tmp_path / "out", tmp_path / "a.tar")
+    assert meta["samples"] == 15 and not meta["skipped"]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts)[:-600] + b"x" * 600)
+    meta = build(tmp_path / "out", tmp_path / "a.tar", fresh=True)
+    assert meta["samples"] == 15 and meta["skipped"] == {"a.tar is cut short or damaged": 1}
+
+
+@pytest.mark.parametrize("name", ["b.tgz", "b.tar.gz", "b.TAR.zst"])
+def test_a_compressed_tar_beside_tars_is_named(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    make_tar(tmp_path / "in/a.tar", good(3))
+    (tmp_path / "in" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name}: unpack"):
+        build(tmp_path / "out", tmp_path / "in")
+
+
 def test_all_layouts_give_the_same_samples(tmp_path):
     captions = [[f"caption {i}", f"other words, {i}"] for i in range(5)]
     files, photos = tmp_path / "files" / "00000", tmp_path / "photos"
