@@ -85,16 +85,18 @@ def make_parser():
     add("--mask-ratio", type=fraction, default=0.5, help="bert (default: 0.5)")
     add("--schedule", choices=SCHEDULES, default="linear", help="mdc (default: linear)")
 
-    add = parser.add_argument_group("optimization (defaults: the preset)").add_argument
+    group = parser.add_argument_group("optimization (defaults: the preset)")
+    add = group.add_argument
     add("--batch-size", type=positive_int, help="images per step, in all processes")
     add("--micro-batch", type=positive_int, help="images at a time, to save memory")
-    add("--steps", type=positive_int, help="or --epochs")
-    add("--epochs", type=positive_float)
     add("--lr", type=non_negative_float, help="peak learning rate of AdamW")
     add("--warmup", type=non_negative_int, help="steps")
     add("--weight-decay", type=non_negative_float, help="of matrices")
     add("--seed", type=non_negative_int, default=0)
     add("--init", help="checkpoint to fine-tune")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--steps", type=positive_int)
+    add("--epochs", type=positive_float)
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -714,6 +714,7 @@ MISTAKES = [
     ("train.py --seed -1", "--seed"),
     (f"train.py --seed {1 << 64}", "below 2^63"),
     ("train.py --epochs inf", "--epochs"),
+    ("train.py --epochs 2 --steps 9", "not allowed with argument --"),
     ("train.py --init nope.pt", "--init nope.pt: no such file"),
     ("train.py --stepz 3", "--stepz"),
     ("train.py --objective gpt", "--objective"),
