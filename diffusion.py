@@ -167,7 +167,7 @@ def visual_gain(scores):
 
 
 # ---- samplers
-ORDERS = ("confidence", "random", "left-to-right", "ancestral")
+ORDERS = ("confidence", "random", "ancestral")
 
 
 def draw_tokens(logits, temperature=0.0, generator=None):
@@ -200,8 +200,8 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
     steps        at most this many ("ancestral": exactly); None: one for each token (best)
     order        which positions to reveal first: "confidence" (highest probability of the
                  drawn token; LLaDA), "random" (one a step: the first-hitting sampler of Zheng
-                 et al. 2024), "left-to-right", or "ancestral" (the reverse process: from
-                 time t to s, each mask is revealed with probability (t - s)/t; MDLM)
+                 et al. 2024), or "ancestral" (the reverse process: from time t to s, each mask
+                 is revealed with probability (t - s)/t; MDLM)
     temperature  0 is greedy; otherwise tokens are drawn on the CPU from `generator`
 
     A revealed token never changes, and [MASK], which has no logit, cannot be drawn. Raises
@@ -219,7 +219,10 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
     for step in range(1, last + 1):
         logits = predict(tokens, mask)
         drawn, probability = draw_tokens(logits, temperature, generator)
-        score = order_score(order, mask, probability, generator)  # [B,T]
+        score = probability  # [K], highest first
+        if order != "confidence":
+            score = torch.rand(len(drawn), generator=generator).to(score)
+        score = score.new_full(mask.shape, -torch.inf).masked_scatter(mask, score)  # [B,T]
         if order == "ancestral":
             # From t = 1 - (step - 1)/last to s = t - 1/last: (t - s)/t.
             chance = 1 / (last - step + 1)
@@ -236,18 +239,6 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
         tokens = torch.where(reveal, proposed, tokens)
         mask = mask & ~reveal
         yield tokens, mask
-
-
-def order_score(order, mask, probability, generator):
-    """Scores [B,T] by which `denoise` reveals masked positions, highest first; elsewhere -inf.
-
-    probability [K] belongs to the masked positions, row by row."""
-    values = probability
-    if order in ("random", "ancestral"):
-        values = torch.rand(len(values), generator=generator).to(values)
-    elif order == "left-to-right":
-        values = -mask.nonzero()[:, 1].float()
-    return values.new_full(mask.shape, -torch.inf).masked_scatter(mask, values)
 
 
 @torch.no_grad()

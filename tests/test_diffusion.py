@@ -315,13 +315,6 @@ def test_confidence_order_takes_the_most_confident_first():
     assert states[-1][0].tolist() == [[1, 1, 0]]
 
 
-def test_left_to_right_order_is_left_to_right():
-    start = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool)
-    states = list(diffusion.denoise(predictor(), *start, order="left-to-right"))
-    assert [state[1].sum().item() for state in states] == [3, 2, 1, 0]
-    assert all(state[1].tolist()[0] == sorted(state[1].tolist()[0]) for state in states)
-
-
 def test_temperature_one_draws_from_the_softmax():
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0])
     drawn, probability = diffusion.draw_tokens(logits.expand(40_000, 4), 1.0, torch.Generator().manual_seed(0))
