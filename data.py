@@ -533,7 +533,7 @@ def read_samples(unit, skipped, image_size=None):
     if source == "shapes":
         for seed in content:
             image, caption = draw_shapes(seed, image_size or MIN_SIDE)
-            yield f"{seed:012d}", encode_image(image, image_size or MIN_SIDE), [caption]
+            yield f"{seed:012d}", encode_image(image, image.width), [caption]
         return
     if source == "tar":
         with open(content, "rb") as file:
@@ -552,7 +552,8 @@ def read_samples(unit, skipped, image_size=None):
         except BadSample as reason:
             skipped[str(reason)] += 1
         else:
-            skipped["file of the same name"] += len(places) - len(dict(places))
+            kinds = {IMAGE_TYPES if kind in IMAGE_TYPES else kind for kind, _ in places}
+            skipped["file of the same name"] += len(places) - len(kinds)
             yield os.path.basename(stem), image, captions
 
 
@@ -611,8 +612,8 @@ def write_shard(folder, plan, job):
                 lengths[str(len(ids))] += 1
                 tokens += ids
             key = key.encode(errors="replace")[-RECORD["key"].itemsize:]
-            place = int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2 ** 64
-            records.append((key, number, shard.tell(), len(image), len(tokens), place < HELD_OUT))
+            u = int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2 ** 64
+            records.append((key, number, shard.tell(), len(image), len(tokens), u < HELD_OUT))
             shard.write(image + np.array(tokens, "<u4").tobytes())
         size = shard.tell()
     done = {"plan": digest(plan), "lengths": lengths, "skipped": +skipped, "bytes": size,
@@ -684,7 +685,7 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, image_s
     try:
         units, plan["sources"] = find_units(dataset, split, source, captions)
     except UserError:
-        if not finished:
+        if not finished:  # its sources may be gone
             raise
 
     if not finished:
@@ -893,6 +894,8 @@ def main():
     name = args.dataset
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"--dataset {name}: expected letters, digits, dots and dashes")
+    if name == "shapes" and (args.source or args.split == "test"):
+        raise UserError("--dataset shapes has no --source and no test split")
     preset = DATASETS.get(name, PHOTOGRAPHS)
 
     for split in ("train", "val") if name == "shapes" else (args.split,):

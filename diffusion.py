@@ -210,16 +210,15 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
         raise ValueError(f"order {order!r}: expected one of {', '.join(ORDERS)}")
 
     total = mask.sum(1)  # [B] tokens to find
-    planned = total.clamp(max=steps or mask.shape[1])  # [B] steps of each caption
-    last = int(planned.max())
+    n = total.clamp(1, steps or mask.shape[1])  # [B] steps of each caption
+    last = int(n.max())
     if order == "ancestral" and steps:
         last = steps
     yield tokens, mask
 
     for step in range(1, last + 1):
         logits = predict(tokens, mask)
-        drawn, probability = draw_tokens(logits, temperature, generator)
-        score = probability  # [K], highest first
+        drawn, score = draw_tokens(logits, temperature, generator)  # each [K]
         if order != "confidence":
             score = torch.rand(len(drawn), generator=generator).to(score)
         score = score.new_full(mask.shape, -torch.inf).masked_scatter(mask, score)  # [B,T]
@@ -228,9 +227,9 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
             chance = 1 / (last - step + 1)
             reveal = mask & (score < chance)
         else:
-            # After s of n planned steps, s/n of the tokens are found, rounded down.
-            found = total * planned.clamp(max=step) // planned.clamp(min=1)  # [B]
-            number = found - (total - mask.sum(1))  # [B] to reveal now
+            # After `done` of n steps, done/n of the tokens are found, rounded down.
+            done = n.clamp(max=step)  # [B]
+            number = total * done // n - (total - mask.sum(1))  # to reveal now
             best_first = score.argsort(dim=1, descending=True, stable=True)
             rank = best_first.argsort(dim=1)
             reveal = mask & (rank < number[:, None])

@@ -88,9 +88,7 @@ def attend(q, k, v, heads, bias=None):
     pass of the fused kernel takes more than half of a training step at a few dozen patches.
     It is also written out with a bias: only captions, which are short, have one, and flash
     attention takes none."""
-    q = split_heads(q, heads)
-    k = split_heads(k, heads)
-    v = split_heads(v, heads)
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
     if bias is None and q.device.type != "cpu":
         out = F.scaled_dot_product_attention(q, k, v)
     else:
@@ -247,7 +245,7 @@ class TextDecoder(Text):
         An autoregressive decoder gives the same logits from the image and the tokens before
         each position, whatever the mask."""
         if where is None:
-            where = mask.flatten().nonzero().squeeze(1)
+            where = mask.flatten().nonzero()[:, 0]
         if self.causal:
             # Shift right: each position gets the token before it, the first one [MASK].
             tokens = tokens.roll(1, dims=1)

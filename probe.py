@@ -125,7 +125,7 @@ def encode(model, samples, unusable, batch_size=128):
             unusable += [message for message in loaded if isinstance(message, str)]
             pairs = [pair for pair in loaded if isinstance(pair, tuple)]
             if pairs:
-                labels, squares = zip(*pairs, strict=True)
+                labels, squares = zip(*pairs)
                 pixels = torch.from_numpy(np.stack(squares)).to(next(model.parameters()).device)
                 yield labels, model.encode(pixels)
 
@@ -137,7 +137,7 @@ def compute_features(model, key, images, cache=None):
     for weight in model.encoder.parameters():
         digest.update(weight.detach().cpu().numpy())
     parts = []
-    skip = 0  # images of cached parts
+    skip = 0  # cached, not yet passed
     while not parts or len(parts[-1]["labels"] + parts[-1]["unusable"]) == PART:
         path = Path(cache or "", f"{digest.hexdigest()[:32]}-{len(parts):04}.pt")
         if cache and path.exists():
@@ -278,7 +278,7 @@ def nearest_neighbours(train, labels, test, answers):
     """Top-1 of a vote of 20 neighbours weighted by exp(cosine / 0.07), as in DINO."""
     train = F.normalize(train)
     right = 0
-    for x, y in zip(test.split(128), answers.split(128), strict=True):
+    for x, y in zip(test.split(128), answers.split(128)):
         cosines, rows = (F.normalize(x) @ train.T).topk(min(20, len(train)))
         votes = F.one_hot(labels[rows]) * (cosines / 0.07).exp()[:, :, None]
         right += int((votes.sum(1).argmax(1) == y).sum())
@@ -348,8 +348,10 @@ def score_items(model, checkpoint, items, features, draws=32, seed=0, batch_size
     exchanges = min(exchanges, len(circle) - 1)
 
     texts = [text for item in items for text in item.captions]
-    tokens = [tokenizer.encode_ordinary(text)[:config.max_tokens - 1] for text in texts]
-    tokens = [[*ids, config.eos] for ids in tokens]
+    tokens = [tokenizer.encode_ordinary(text) for text in texts]
+    if max(map(len, tokens)) >= config.max_tokens:
+        print(f"note: captions of more than {config.max_tokens} tokens are cut")
+    tokens = [[*ids[:config.max_tokens - 1], config.eos] for ids in tokens]
     owner = np.arange(len(texts)) // 2  # items
     home = np.repeat([places[item.image] for item in items], 2)
     scores = {rule: np.full((2, len(texts)), -np.inf) for rule in RULES[config.objective]}
@@ -360,15 +362,13 @@ def score_items(model, checkpoint, items, features, draws=32, seed=0, batch_size
             seen = torch.stack(seen).to(next(model.parameters()).device, torch.float32)
             for rule in scores:
                 score = score_captions(model, seen, tokens[batch], rule, draws, seed, owner[batch])
-                total = scores[rule][min(shift, 1), batch]  # real or blind
-                np.logaddexp(total, score, out=total)
+                view = scores[rule][min(shift, 1), batch]  # real or blind
+                np.logaddexp(view, score, out=view)
 
     for rule, total in scores.items():
         total[1] -= np.log(exchanges)
         scores[rule] = total.reshape(2, -1, 2)
     lengths = np.array([len(ids) for ids in tokens]).reshape(-1, 2)
-    if lengths.max() == config.max_tokens:
-        print(f"note: captions of more than {config.max_tokens} tokens are cut")
     terms = length_terms(checkpoint["lengths"], tokens, config)
     return scores, lengths, terms.view(-1, 2).numpy()
 
@@ -408,7 +408,7 @@ def report_items(dataset, items, scores, lengths, terms):
         print(f"\n{rule}: gain over other images {gains.mean():.3f} ± {error:.3f}")
         print(f"{'percent':20}" + "".join(f"{column:>15}" for column in columns))
         for name, row in percent.items():
-            record[rule][name] = dict(zip(columns, row.tolist(), strict=True))
+            record[rule][name] = dict(zip(columns, row.tolist()))
             if len(groups) <= 12 or name in means:
                 print(f"{name[:19]:20}" + "".join(f"{value:15.1f}" for value in row))
     return record
@@ -431,7 +431,7 @@ def main_compositionality(args, model, checkpoint):
     samples = ((image, image[0], open_item(image[0]), image[1]) for image in images)
     features = {}
     for batch, patches in encode(model, samples, unusable):  # float16 changes scores by 0.0003
-        features.update(zip(batch, patches.half().cpu(), strict=True))
+        features.update(zip(batch, patches.half().cpu()))
     items = [item for item in items if item.image in features]
     if unusable:
         print(f"{len(unusable)} images are missing or broken, {data.listed(unusable)}; "
@@ -458,7 +458,7 @@ def load_split(args, encoder, split, cache):
         rows = range(len(shards))[:limit]
         key = f"{shards.digest} {rows}"
         captions = (data.decode_caption(shards.tokenizer, shards.captions(i)[0]) for i in rows)
-        images = zip(captions, rows, map(shards.image, rows), strict=True)
+        images = zip(captions, rows, map(shards.image, rows))
     else:
         key, images = open_labelled(args.source, args.dataset, split)
     features, labels, unusable = compute_features(encoder, key, images, cache)

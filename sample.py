@@ -43,24 +43,23 @@ def load_captioner(path, device="cpu"):
 
 
 # ---- captions
-def choose_lengths(histogram, count):
-    """Median of {length in tokens with EOS: captions} -> int tensor [count]."""
-    lengths = np.repeat([*histogram], [*histogram.values()])
-    return torch.full((count,), int(np.median(lengths)))
+def median_length(histogram):
+    """Median of {length in tokens with EOS: captions}."""
+    return int(np.median(np.repeat([*histogram], [*histogram.values()])))
 
 
 @torch.no_grad()
-def caption_images(model, images, lengths, prompt=None, temperature=0.0, generator=None, **options):
+def caption_images(model, images, length, prompt=None, temperature=0.0, generator=None, **options):
     """Caption a batch; yields (tokens [B,T], mask [B,T]) at the start and after every step.
 
-    images [B,S,S,3] uint8; lengths [B] in tokens with EOS ("ar" ends by itself); prompt [T]: see
-    read_prompt, lengths are then T; options: steps and order of diffusion.denoise."""
+    images [B,S,S,3] uint8; length T in tokens with EOS ("ar" ends by itself); prompt [T]: see
+    read_prompt; options: steps and order of diffusion.denoise."""
     device = next(model.parameters()).device
     eos = model.config.eos
     memory = model.decoder.read(model.encode(images.to(device)))
     if model.decoder.causal:
-        lengths = torch.full((len(images),), model.config.max_tokens)
-    valid = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+        length = model.config.max_tokens
+    valid = torch.ones(len(images), length, dtype=torch.bool, device=device)
 
     def predict(tokens, mask):
         logits = model.decoder(memory, tokens, mask, valid)
@@ -70,16 +69,16 @@ def caption_images(model, images, lengths, prompt=None, temperature=0.0, generat
 
     if model.decoder.causal:
         return diffusion.autoregress(predict, *valid.shape, eos, temperature, generator, device)
-    start = torch.where(valid, -1, eos)  # -1 where a token is masked
+    start = torch.full(valid.shape, -1, device=device)  # -1 where a token is masked
     if prompt is not None:
         start[:] = prompt
     return diffusion.denoise(predict, start.clamp(min=0), start < 0, temperature=temperature,
                              generator=generator, **options)
 
 
-def captions_of(model, images, lengths, tokenizer):
+def captions_of(model, images, length, tokenizer):
     """Captions as strings, see caption_images."""
-    *_, (tokens, _) = caption_images(model, images, lengths)
+    *_, (tokens, _) = caption_images(model, images, length)
     return [decode_caption(tokenizer, row) for row in tokens.tolist()]
 
 
@@ -141,7 +140,7 @@ def bleu(made, given):
     matches = np.full(4, 1e-15)  # the small numbers are those of pycocoevalcap
     totals = np.full(4, 1e-9)
     given_length = 0
-    for words, truths in zip(made, given, strict=True):
+    for words, truths in zip(made, given):
         lengths = sorted(map(len, truths))
         given_length += min(lengths, key=lambda length: abs(length - len(words)))
         for i in range(4):
@@ -189,7 +188,7 @@ def cider_d(made, given):
         return weights
 
     total = 0.0
-    for words, truths in zip(made, given, strict=True):
+    for words, truths in zip(made, given):
         for truth in truths:
             penalty = math.exp(-((len(words) - len(truth)) ** 2) / (2 * 6**2))
             for n in range(1, 5):
@@ -222,7 +221,7 @@ def show(tokenizer, tokens, mask):
     """State of a caption [T] as text, `_` for a masked token; nothing after an EOS."""
     blank = tokenizer.encode_ordinary(" _")
     ids = []
-    for token, masked in zip(tokens, mask, strict=True):
+    for token, masked in zip(tokens, mask):
         ids += blank if masked else [token]
     return decode_caption(tokenizer, ids)
 
@@ -240,13 +239,13 @@ def show_example(batch, tokenizer):
 def report(model, val, lengths, path):
     """Caption validation images, draw twelve into `path`, green if exactly as given.
 
-    lengths: see choose_lengths. -> {"exact": share} for `shapes`, else {}."""
+    lengths: {tokens: captions}. -> {"exact": share} for `shapes`, else {}."""
     config = model.config
     shapes = val.folder.parent.name == "shapes"
     count = len(val) if shapes else 12
     batch = Batches(val, count, config.image_size, config.max_tokens, 0, augment=False)[0]
     images = batch["images"]
-    made = captions_of(model, images, choose_lengths(lengths, len(images)), val.tokenizer)
+    made = captions_of(model, images, median_length(lengths), val.tokenizer)
     given = [decode_caption(val.tokenizer, row) for row in batch["tokens"]]
 
     sheet = Image.new("RGB", (4 * 200, 3 * 360), "white")
@@ -309,10 +308,10 @@ def watch(model, tokenizer, states):
         maps = torch.stack(attention).mean(0)[asked]  # [K,N]
         attention.clear()
         side = math.isqrt(maps.shape[1])
-        maps = maps.unflatten(1, (side, side))
+        maps = maps.unflatten(1, (1, side, side))  # K can be 0
         # at most 8 x 8, for small pages
         maps = torch.nn.functional.avg_pool2d(maps, math.ceil(side / 8), ceil_mode=True)
-        maps = (255 * maps / maps.amax((1, 2), keepdim=True)).round().byte()
+        maps = (255 * maps / maps.amax((2, 3), keepdim=True)).round().byte()
         steps.append({
             "asked": asked[0].nonzero().flatten().tolist(),
             "likely": likely.indices.tolist(),
@@ -321,7 +320,7 @@ def watch(model, tokenizer, states):
     for hook in hooks:
         hook.remove()
     return kept, {"tokens": tokens[0].tolist(), "words": words, "causal": decoder.causal,
-                  "side": maps.shape[1], "steps": steps}
+                  "side": maps.shape[2], "steps": steps}
 
 
 # ---- command line
@@ -351,10 +350,11 @@ def parse_args():
              if os.path.exists(word) or data.split_name(word)[1] in data.IMAGE_TYPES]
     args.images += files
     args.score = [word for word in args.score if word not in files]
+    captioning = args.html or args.metrics or args.prompt or args.trace
     if (bool(args.images) == bool(args.dataset) or args.metrics and not args.dataset
-            or files and not args.score or args.html and args.score):
+            or files and not args.score or args.score and captioning):
         raise UserError("expected images or --dataset NAME (for --metrics), and captions after "
-                        "--score (without --html)")
+                        "--score (without --html, --metrics, --prompt, --trace)")
     if not Path(args.html or ".").parent.is_dir():
         raise UserError(f"--html {args.html}: no such folder")
     return args
@@ -400,20 +400,19 @@ def write_captions(model, checkpoint, names, shards, args):
                         "cannot fill blanks")
     tokenizer = data.load_tokenizer(checkpoint["tokenizer"])
     generator = torch.Generator().manual_seed(args.seed)
-    histogram = checkpoint["lengths"]
+    length = args.length or median_length(checkpoint["lengths"])
+    if length > config.max_tokens:
+        raise UserError(f"--length: expected at most {config.max_tokens} tokens")
     prompt = None
-    if args.length:
-        histogram = {min(args.length, config.max_tokens): 1}
     if args.prompt:
         prompt = read_prompt(args.prompt, tokenizer, config.max_tokens)
-        histogram = {len(prompt): 1}
+        length = len(prompt)
 
     made = {}
     records = []
     batch_size = 1 if args.html else args.batch_size
     for indices, images in read_images(names, shards, batch_size, config.image_size):
-        lengths = choose_lengths(histogram, len(images))
-        states = caption_images(model, images, lengths, prompt, args.temperature, generator,
+        states = caption_images(model, images, length, prompt, args.temperature, generator,
                                 steps=args.steps, order=args.order)
         if args.html:
             states, record = watch(model, tokenizer, states)

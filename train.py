@@ -159,7 +159,7 @@ def find_processes():
         return Processes()
     numbers = [int(value) for value in values[:3] if value.isdecimal()]
     if not all(values) or len(numbers) < 3 or numbers[0] >= numbers[1]:
-        found = " ".join(map("=".join, zip(names, values, strict=True)))
+        found = dict(zip(names, values))
         raise UserError(f"environment {found}: start with torchrun, or `unset RANK WORLD_SIZE`")
     return Processes(*numbers, launched=True)
 
@@ -209,7 +209,7 @@ def gather(rows, world):
     parts = [rows] * world
     if world > 1:
         dist.all_gather_object(parts, rows)
-    return map(torch.cat, zip(*sum(parts, []), strict=True))
+    return map(torch.cat, zip(*sum(parts, [])))
 
 
 # ---- one step
@@ -241,7 +241,7 @@ def add_masks(batch, objective, times, schedule):
         ratio, _ = SCHEDULES[schedule](t)
         batch["t"] = t.float()
         batch["mask"] = diffusion.mask_tokens(batch["noise"], batch["valid"], ratio)
-    batch["where"] = batch["mask"].flatten().nonzero().squeeze(1)
+    batch["where"] = batch["mask"].flatten().nonzero()[:, 0]
     return batch
 
 
@@ -392,7 +392,7 @@ def open_data(args):
                          tokenizer=args.tokenizer or DATASETS["shapes"]["tokenizer"])
     train = open_split(args.data_dir, args.dataset, "train")
     val = open_split(args.data_dir, args.dataset, "val")
-    args.shards = train.digest
+    args.shards = f"{len(train)} of {train.digest[:8]}"  # more once val exists
     pixels = min(train.meta["image_size"], val.meta["image_size"])
     args.image_size = args.image_size or pixels
     names = [split.meta["tokenizer"]["name"] for split in (train, val)]
@@ -404,7 +404,9 @@ def open_data(args):
         problem = f"tokens of {names}, not {args.tokenizer}: leave out --tokenizer"
     if problem:
         raise UserError(f"{folder} has {problem}, or make both splits again with data.py --fresh")
-    return train.subset(args.pairs, args.seed) if args.pairs else train, val
+    if args.pairs:
+        train = train.subset(args.pairs, args.seed)
+    return train, val
 
 
 def open_output(run):
@@ -519,7 +521,7 @@ def validate(run):
         images = first["images"][:8]
         captions = []
         if args.objective != "clip":
-            length = sample.choose_lengths(run.lengths, len(images))
+            length = sample.median_length(run.lengths)
             captions = sample.captions_of(run.model, images, length, val.tokenizer)
         log(run, dict(figures, step=run.step, event="eval", captions=captions))
         page = dict(title=run.out.name, command=shlex.join(["python", *sys.argv]),

@@ -60,6 +60,8 @@ def good(n, start=0):
 
 def build(folder, source, split="train", **options):
     gc.collect()  # the loader of a build that failed, whose processes have its lock
+    for process in multiprocessing.active_children():
+        process.join(10)
     return prepare("set", split, folder, [str(source)], image_size=16, tokenizer="words:50", workers=1, **options)
 
 
@@ -126,6 +128,12 @@ def test_a_damaged_tar_costs_only_itself(tmp_path, damage):
     (tmp_path / "b.tar").write_bytes(damage(whole))
     meta = build(tmp_path / "out", tmp_path / "*.tar")
     assert 3 <= meta["samples"] < 9 and meta["skipped"]["b.tar is cut short or damaged"] == 1
+
+
+def test_a_second_image_of_a_sample_is_counted(tmp_path):
+    both = [("b.jpg", jpeg()), ("b.PNG", jpeg(colour="blue")), ("b.txt", b"x"), ("b.json", b"{}")]
+    meta = build(tmp_path / "out", make_tar(tmp_path / "a.tar", good(3) + both))
+    assert meta["samples"] == 4 and meta["skipped"] == {"file of the same name": 1}
 
 
 def test_tars_joined_with_cat_are_read_to_the_last(tmp_path):

@@ -143,7 +143,7 @@ def test_a_page_of_eight_photographs_is_small(tmp_path, monkeypatch, length):
     monkeypatch.setitem(SIZES, "thin", Size(24, 12, 6, 16, 6))
     model, _ = sample.load_captioner(write_checkpoint(tmp_path / "big.pt", "thin", 224))
     image = data.draw_shapes(0, 224)[0]
-    states = sample.caption_images(model, torch.tensor(data.crop_square(image, 224))[None], torch.tensor([length]))
+    states = sample.caption_images(model, torch.tensor(data.crop_square(image, 224))[None], length)
     tokenizer = data.load_tokenizer(data.words_tokenizer("words:9", Counter(dict.fromkeys(PIECES, 1))))
     _, record = sample.watch(model, tokenizer, states)
     picture = sample.data_uri(data.crop_square(image, 224))
@@ -206,7 +206,7 @@ def test_a_page_is_there_whole_or_not_at_all(tmp_path):
     "words, message",
     [
         (("mdc.pt", "plain.jpg", "--html", "nowhere/page.html"), "page.html: no such folder"),
-        (("mdc.pt", "plain.jpg", "--html", "page.html", "--score", "a dog"), "--score (without --html)"),
+        (("mdc.pt", "plain.jpg", "--html", "page.html", "--score", "a dog"), "--score (without --html,"),
         (("mdc.pt", "plain.jpg", "--metrics"), "--dataset NAME (for --metrics)"),
         (("mdc.pt", "plain.jpg", "--dataset", "shapes"), "expected images or --dataset NAME"),
         (("mdc.pt", "plain.jpg", "--device", "meta:oops"), "or meta:oops is not available"),

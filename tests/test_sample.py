@@ -86,7 +86,7 @@ BLANK = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
 
 def look_at(model, tokenizer, **options):
     """States and record of a caption of five tokens, and the maps of each step [K,side,side]."""
-    states = sample.caption_images(model, BLANK, torch.tensor([5]), **options)
+    states = sample.caption_images(model, BLANK, 5, **options)
     kept, record = sample.watch(model, tokenizer, states)
     side = record["side"]
     maps = [np.frombuffer(base64.b64decode(step["maps"]), np.uint8).reshape(-1, side, side) for step in record["steps"]]
@@ -103,7 +103,7 @@ def test_the_record_says_where_the_model_looks_and_what_it_predicts(objective):
         torch.nn.init.ones_(block.cross.q.bias)
     model.decoder.read = lambda features: [(key, torch.zeros_like(key)) for key in keys]
     kept, record, maps = look_at(model, tokenizer)
-    plain = list(sample.caption_images(model, BLANK, torch.tensor([5])))
+    plain = list(sample.caption_images(model, BLANK, 5))
     assert all(torch.equal(a, b) for one, two in zip(kept, plain, strict=True) for a, b in zip(one, two, strict=True))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     expected = np.zeros(16)
@@ -138,12 +138,19 @@ def test_probabilities_in_the_record_are_the_models():
             assert record["words"][str(word)] == expected
 
 
+def test_a_step_that_has_nothing_left_to_ask_is_recorded():
+    """The ancestral sampler takes all its steps, also after the last mask is gone."""
+    kept, record, maps = look_at(*make_model()[:2], steps=40, order="ancestral", generator=torch.Generator())
+    assert len(record["steps"]) == 40 and record["steps"][-1]["asked"] == [] and not kept[-1][1].any()
+    assert [len(shown) for shown in maps] == [len(step["asked"]) for step in record["steps"]]
+
+
 def test_the_record_of_a_prompt_has_no_end_among_its_words():
     """What fills a blank may not be an EOS: the record has the probabilities that the sampler saw."""
     model, tokenizer, _ = make_model()
     torch.nn.init.constant_(model.decoder.head.bias[tokenizer.eot_token], 100.0)
     prompt = sample.read_prompt("a ___ dog", tokenizer, 16)
-    states = sample.caption_images(model, BLANK, torch.tensor([len(prompt)]), prompt=prompt)
+    states = sample.caption_images(model, BLANK, len(prompt), prompt=prompt)
     kept, record = sample.watch(model, tokenizer, states)
     assert record["steps"][0]["asked"] == [1] and tokenizer.eot_token not in record["steps"][0]["likely"][0][:4]
     assert record["tokens"][-1] == tokenizer.eot_token and sum(record["steps"][0]["chances"][0]) > 0
@@ -156,23 +163,20 @@ def test_attention_of_many_patches_becomes_means():
     for block in model.decoder.blocks:
         torch.nn.init.zeros_(block.cross.q.weight)
     image = torch.randint(256, (1, 96, 96, 3), generator=torch.Generator().manual_seed(0)).byte()
-    _, record = sample.watch(model, tokenizer, sample.caption_images(model, image, torch.tensor([3])))
+    _, record = sample.watch(model, tokenizer, sample.caption_images(model, image, 3))
     assert record["side"] == 6
     assert [len(base64.b64decode(step["maps"])) for step in record["steps"]] == [3 * 36, 2 * 36, 36]
     assert set(base64.b64decode(record["steps"][0]["maps"])) == {255}
 
 
-def test_captions_end_where_they_should():
-    """A caption shorter than others of its batch is the one it is alone: what follows its end is EOS."""
+def test_captions_of_a_batch_are_those_of_its_images_alone():
     model, tokenizer, _ = make_model()
     images = torch.randint(256, (3, 32, 32, 3), generator=torch.Generator().manual_seed(1)).byte()
-    lengths = torch.tensor([2, 7, 5])
-    together = sample.captions_of(model, images, lengths, tokenizer)
-    alone = [sample.captions_of(model, images[i : i + 1], lengths[i : i + 1], tokenizer)[0] for i in range(3)]
-    assert together == alone
-    *_, (tokens, mask) = sample.caption_images(model, images, lengths)
+    together = sample.captions_of(model, images, 5, tokenizer)
+    assert together == [sample.captions_of(model, image[None], 5, tokenizer)[0] for image in images]
+    *_, (tokens, mask) = sample.caption_images(model, images, 5)
     shown = [sample.show(tokenizer, *row) for row in zip(tokens, mask, strict=True)]
-    assert shown == together and not mask.any()
+    assert shown == together and tokens.shape == (3, 5) and not mask.any()
 
 
 def test_a_training_example_shows_what_is_masked():

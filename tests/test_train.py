@@ -653,7 +653,24 @@ def test_an_incomplete_environment_gets_one_line(variables, environment):
     environment(**variables)
     with pytest.raises(UserError, match="torchrun") as told:
         train.find_processes()
-    assert "\n" not in str(told.value) and all(f"{name}={value}" in str(told.value) for name, value in variables.items())
+    assert "\n" not in str(told.value) and all(f"{name!r}: {value!r}" in str(told.value) for name, value in variables.items())
+
+
+def test_a_val_split_made_later_changes_what_a_run_is_checked_for(tmp_path, monkeypatch):
+    """Images that were held out would otherwise join the training set of a run that continues."""
+    monkeypatch.setattr(data, "HELD_OUT", 0.3)
+    args = train.parse_args(["--dataset", "set", "--data-dir", str(tmp_path)])
+    seen = []
+    for number, split in enumerate(("train", "val")):
+        folder = tmp_path / f"raw-{split}"
+        folder.mkdir()
+        for seed in range(20):
+            data.draw_shapes(20 * number + seed, 16)[0].save(folder / f"{seed}.png")
+            (folder / f"{seed}.txt").write_text("a drawing")
+        data.prepare("set", split, tmp_path, [str(folder)], image_size=16, tokenizer="words:9", workers=1)
+        shards, _ = train.open_data(args)
+        seen.append((len(shards), args.shards))
+    assert seen[0][0] < seen[1][0] == 20 and seen[0][1] != seen[1][1]
 
 
 def test_image_size_is_the_presets_or_that_of_the_shards_and_too_small_shards_are_refused(shapes, tmp_path):
@@ -726,6 +743,9 @@ MISTAKES = [
     ("data.py --dataset x --source README.md --image-size -5", "--image-size"),
     ("data.py --dataset x --source nowhere/*.tar --data-dir DIR", "nowhere/*.tar"),
     ("data.py --dataset x --data-dir DIR", "--source"),
+    ("data.py --dataset shapes --source assets --data-dir DIR", "shapes has no --source"),
+    ("data.py --dataset shapes --split test --data-dir DIR", "no test split"),
+    ("sample.py --ckpt nowhere.pt --dataset shapes --metrics --score dog", "without --html, --metrics"),
     ("data.py --dataset x y --source assets --data-dir DIR", "unrecognized arguments: y"),
     ("data.py --dataset x --source assets --tokenizer words:many --data-dir DIR", "words:many"),
     ("sample.py --ckpt nowhere.pt assets", "no checkpoint at nowhere.pt"),
