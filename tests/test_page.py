@@ -163,7 +163,7 @@ def test_the_report_shows_every_record(tmp_path, browse, objective):
     for step in (10_000, 20_000):
         record = {"step": step, "event": "eval", "val_loss": 1.0}
         if objective == "mdc":
-            record |= {"wrong_image": 1.0, "wrong_image_se": 0.1, "visual_gain": 1.9, "visual_gain_se": 0.1}
+            record |= {"wrong_image": 1.0, "wrong_image_se": 0.1, "visual_gain": 1.9007, "visual_gain_se": 0.0078}
             record |= {"by_ratio": [None] * 5 + [0.1] * 5}
             record |= {"by_position": [[0.5, 0.1, 9], [0.2, None, 1], None], "captions": [f"{HOSTILE} {step}"] * 8}
         evaluations.append(record)
@@ -182,7 +182,7 @@ def test_the_report_shows_every_record(tmp_path, browse, objective):
     assert document.texts["title"] == [HOSTILE] * 2, "the title and the heading"
     assert document.texts["command"] == ["python train.py </script>"]
     assert document.tags["svg"] == {"mdc": 7, "clip": 4}[objective]
-    assert ("1.9 ± 0.1visual gain, nats per caption" in document.texts["li"]) == (objective == "mdc")
+    assert ("1.901 ± 0.008visual gain, nats per caption" in document.texts["li"]) == (objective == "mdc")
     assert not document.fetches() and document.tags["script"] == 1
     if objective == "mdc":
         assert document.texts["figcaption"] == [f"{HOSTILE} 20000given: <b>given</b>"] * 8
