@@ -591,14 +591,12 @@ def lock(folder, wait=False):
 
 
 def write_shard(folder, plan, job):
-    """Write a shard, then NNNNN.done with its counts, unless an earlier run did -> counts."""
+    """Write a shard, then NNNNN.done with its counts, unless an earlier run did -> NNNNN.done."""
     number, unit = job
     name = f"{folder}/{number:05d}"
-    done_file = Path(f"{name}.done")
-    if done_file.exists():
-        done = json.loads(done_file.read_text())
-        if done["plan"] == digest(plan):
-            return done
+    path = Path(f"{name}.done")
+    if path.exists() and json.loads(path.read_text())["plan"] == digest(plan):
+        return path
 
     warnings.simplefilter("ignore")  # Pillow's, about broken EXIF blocks
     tokenizer = load_tokenizer(plan["tokenizer"])
@@ -618,8 +616,8 @@ def write_shard(folder, plan, job):
         size = shard.tell()
     done = {"plan": digest(plan), "lengths": lengths, "skipped": +skipped, "bytes": size,
             "records": np.array(records, RECORD).tobytes().hex()}
-    write_json(done_file, done)
-    return done
+    write_json(path, done)
+    return path  # not its content: a full pipe would hold an orphaned process, and the lock
 
 
 def choose_tokenizer(folder, units, name):
@@ -655,7 +653,8 @@ def make_split(folder, units, plan, workers):
         list(enumerate(units)), collate_fn=functools.partial(write_shard, folder, plan),
         num_workers=min(workers or os.cpu_count(), len(units)),
         batch_size=None, generator=torch.Generator())
-    for i, done in enumerate(tqdm(loader, folder.name, unit="shard")):
+    for i, path in enumerate(tqdm(loader, folder.name, unit="shard")):
+        done = json.loads(path.read_text())
         lengths.update(done["lengths"])
         skipped.update(done["skipped"])
         sizes[f"{i:05d}.shard"] = done["bytes"]

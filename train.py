@@ -173,8 +173,7 @@ def connect(cuda):
 
 
 def find_device(args, local_rank):
-    """-> device and its name; completes --dtype (float16 would need loss scaling), --compile and
-    --workers. Raises UserError."""
+    """-> device, name; completes --dtype, --compile and --workers. Raises UserError."""
     cuda = args.device == "cuda"
     device = torch.device(args.device, local_rank if cuda else None)
     name = f"{torch.get_num_threads()} CPU threads"
@@ -233,8 +232,7 @@ def split_batch(batch_size, world, micro_batch, contrastive=False):
 
 
 def add_masks(batch, objective, times, schedule):
-    """Add t [B], mask [B,T] and the flat masked positions, where [K], to a batch on the CPU:
-    a GPU would have to be waited for."""
+    """Add t [B], mask [B,T] and the flat masked positions, where [K], to a batch on the CPU."""
     batch["mask"] = batch["valid"]
     if objective not in ("ar", "clip"):
         t = diffusion.stratified_times(batch["u"], batch["strata"], *times)

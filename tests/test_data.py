@@ -955,6 +955,31 @@ def test_corrected_captions_and_added_files_are_noticed(tmp_path):
         build(tmp_path / "a dog", moved, captions=str(table))
 
 
+def test_a_killed_run_leaves_no_process_that_keeps_the_folder(tmp_path):
+    """The loader's result of many samples must not wait in a pipe that nobody reads."""
+    make_tar(tmp_path / "a.tar", good(2500))
+    command = [data.__file__, "--dataset", "set", "--source", tmp_path / "a.tar", "--data-dir", tmp_path]
+    command += ["--tokenizer", "words:50", "--image-size", "16", "--workers", "1"]
+    run = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.DEVNULL)
+    folder = tmp_path / "set/train"
+    wait_for(lambda: (folder / "00000.shard.tmp").exists())
+    run.kill()
+    run.wait()
+
+    def is_free():
+        with contextlib.suppress(UserError), data.lock(folder):
+            return True
+
+    wait_for(is_free)
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.05)
+
+
 def test_unfinished_shards_of_other_sources_are_made_again(tmp_path, monkeypatch):
     for i in range(2):
         make_tar(tmp_path / f"{i}.tar", good(4, 10 * i))
