@@ -290,7 +290,7 @@ def not_text(name):
 
 
 def is_junk(path):
-    """Is it of an operating system or notebook?"""
+    """Of an operating system or notebook?"""
     return any(part in JUNK or part[:2] == "._" for part in str(path).lower().split("/"))
 
 
@@ -359,7 +359,7 @@ def find_units(dataset, split, source, captions):
     tars = []
     packed = [path for path in files if re.search(r"\.(tgz|tar\.\w+)$", path.lower())]
     if packed and not captions:
-        raise UserError(f"--source: {listed(packed)}: unpack or exclude them")
+        raise UserError(f"--source: {listed(packed)}: unpack them")
     if captions:
         samples = place_table(read_table(captions, split), files)
     else:
@@ -367,7 +367,7 @@ def find_units(dataset, split, source, captions):
         folders = {os.path.dirname(path) for path in files if split_name(path)[1] in IMAGE_TYPES}
         samples = group_files((path, (path,)) for path in files if os.path.dirname(path) in folders)
     units = [("tar", path) for path in tars] + split_units("files", samples)
-    if not units:
+    if not (files and units):
         raise UserError("--source: expected tars, or images with .txt, .json or --captions")
 
     stamps = [describe(path) for path in tars]
@@ -450,7 +450,8 @@ def json_rows(value, split):
 
 def text_rows(text):
     """Yield (image, caption) without Flickr30k's numbers; one row lacks a |."""
-    text = re.sub(r"(?m)^([^|,\t\n]+[|,]) *(\d|\w+_number)([|,]| {3})", r"\1", text)
+    if re.match(".+_number", text):
+        text = re.sub(r"(?m)^([^|,\t\n]+[|,]) *(\d|\w+_number)([|,]| {3})", r"\1", text)
     mark = re.search(r"[,;|\t]|$", text)[0] or ","
     quoting = csv.QUOTE_MINIMAL if mark in ",;" else csv.QUOTE_NONE
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, quoting=quoting,
@@ -591,7 +592,7 @@ def lock(folder, wait=False):
 
 
 def write_shard(folder, plan, job):
-    """Write a shard, then NNNNN.done with its counts, unless an earlier run did -> NNNNN.done."""
+    """Write a shard, then NNNNN.done with its counts, unless an earlier run did -> its path."""
     number, unit = job
     name = f"{folder}/{number:05d}"
     path = Path(f"{name}.done")
@@ -617,7 +618,7 @@ def write_shard(folder, plan, job):
     done = {"plan": digest(plan), "lengths": lengths, "skipped": +skipped, "bytes": size,
             "records": np.array(records, RECORD).tobytes().hex()}
     write_json(path, done)
-    return path  # not its content: a full pipe would hold an orphaned process, and the lock
+    return path  # its content could fill the pipe and hold an orphan
 
 
 def choose_tokenizer(folder, units, name):
@@ -683,9 +684,10 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, image_s
     plan = {"format": FORMAT, "image_size": image_size, "tokenizer": tokenizer}
     try:
         units, plan["sources"] = find_units(dataset, split, source, captions)
-    except UserError:
-        if not finished:  # its sources may be gone
+    except UserError as problem:
+        if not finished:
             raise
+        sys.stderr.write(f"note: not compared: {problem}\n")
 
     if not finished:
         folder.mkdir(parents=True, exist_ok=True)

@@ -171,9 +171,6 @@ def fit_logistic(features, labels, classes, strengths, tolerance=1e-6):
     penalty[-1] = 0  # the bias is free
     w = previous = x.new_zeros(x.shape[1], classes)
     solutions = []
-    threads = torch.get_num_threads()
-    if x.numel() * classes < 1e6:  # waiting for threads would take longer than the arithmetic
-        torch.set_num_threads(1)
     for C in tqdm(strengths, "regressions", leave=False):
         guess = 2 * w - previous  # extrapolates the last two solutions
         decay = penalty / C
@@ -201,7 +198,6 @@ def fit_logistic(features, labels, classes, strengths, tolerance=1e-6):
             print(f"warning: the fit with C = {C:.1e} did not converge")
         previous, w = w, (v * scale).detach()
         solutions.append(w)
-    torch.set_num_threads(threads)
     return torch.stack(solutions)
 
 

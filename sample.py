@@ -354,7 +354,7 @@ def parse_args():
     if (bool(args.images) == bool(args.dataset) or args.metrics and not args.dataset
             or files and not args.score or args.score and captioning):
         raise UserError("expected images or --dataset NAME (for --metrics), and captions after "
-                        "--score (without --html, --metrics, --prompt, --trace)")
+                        "--score (without --html, --prompt, --trace)")
     if not Path(args.html or ".").parent.is_dir():
         raise UserError(f"--html {args.html}: no such folder")
     return args

@@ -408,26 +408,29 @@ def open_data(args):
 
 
 def open_output(run):
-    """Reserve OUT and cut its log -> the checkpoint to continue or None. Raises UserError."""
+    """Reserve OUT -> the checkpoint to continue or None. Raises UserError."""
     found = ["error"]
     try:
         if run.ddp.rank == 0:  # the others need no disk
             run.out.mkdir(parents=True, exist_ok=True)
             run.lock = data.lock(run.out)  # until this process ends
-            checkpoint = find_checkpoint(run.args)
-            run.records = checkpoint["records"] if checkpoint else []
-            lines = [json.dumps(record) + "\n" for record in run.records]
-            (run.out / "log.jsonl").write_text("".join(lines))
-            if not checkpoint:
-                for name in ("ckpt.pt", "ckpt-previous.pt", "report.html", "samples.png"):
-                    (run.out / name).unlink(missing_ok=True)
-            found = [checkpoint]
+            found = [find_checkpoint(run.args)]
     finally:
         if run.ddp.world > 1:
             dist.broadcast_object_list(found, device=torch.device("cpu"))
     if found == ["error"]:  # which the first process tells
         sys.exit(2)
     return found[0]
+
+
+def clear_output(run, checkpoint):
+    """Cut the log to the checkpoint, or remove an earlier run."""
+    run.records = checkpoint["records"] if checkpoint else []
+    lines = (json.dumps(record) + "\n" for record in run.records)
+    (run.out / "log.jsonl").write_text("".join(lines))
+    if not checkpoint:
+        for name in ("ckpt.pt", "ckpt-previous.pt", "report.html", "samples.png"):
+            (run.out / name).unlink(missing_ok=True)
 
 
 def start_model(run, checkpoint):
@@ -659,13 +662,15 @@ def main():
                                args.objective == "clip")
     args.steps = args.steps or max(1, round(args.epochs * len(train) / args.batch_size))
     lengths = Counter()
+    cut = 0
     for length, count in train.lengths.items():
         lengths[min(length, args.max_tokens)] += count
+        cut += count * (length > args.max_tokens)
     pairs = [f"{option}={value}" for option, value in vars(args).items() if value is not None]
     print0("  ".join(pairs))
     machine = f"{args.dtype} on {name}"
     print0(f"{machine}\n{len(train):,} training and {len(val):,} validation images, "
-           f"{args.steps * args.batch_size / len(train):.1f} epochs")
+           f"{args.steps * args.batch_size / len(train):.1f} epochs; {cut:,} captions cut")
 
     # output and model
     run = argparse.Namespace(
@@ -674,6 +679,8 @@ def main():
         step=0, started=started)
     checkpoint = open_output(run)
     model = run.model = start_model(run, checkpoint)
+    if ddp.rank == 0:  # all options are good
+        clear_output(run, checkpoint)
     run.optimizer = make_optimizer(model, args)
     if checkpoint:
         run.optimizer.load_state_dict(checkpoint["optimizer"])

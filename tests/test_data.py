@@ -1157,6 +1157,25 @@ def test_a_table_may_be_gzipped(tmp_path):
         data.read_table(str(tmp_path / "c.csv.gz"), "val")
 
 
+def test_a_caption_may_start_with_a_number(tmp_path):
+    """Without a header that names comment numbers, a digit and a comma are part of the caption."""
+    assert table(tmp_path, 'image,caption\n0.jpg,"5, six"\n') == [("0.jpg", ["5, six"])]
+    with pytest.raises(UserError, match="line 2 .* has 3 columns"):
+        table(tmp_path, "image,caption\n0.jpg,1,000 birds\n")
+
+
+def test_captions_without_sources_ask_for_them(tmp_path):
+    (tmp_path / "c.csv").write_text("0.jpg,a dog\n")
+    with pytest.raises(UserError, match="--source: expected"):
+        prepare("set", "train", tmp_path, captions=str(tmp_path / "c.csv"), tokenizer="words:9", workers=1)
+
+
+def test_a_source_that_is_not_there_is_named_beside_a_finished_split(tmp_path, capsys):
+    build(tmp_path, make_tar(tmp_path / "a.tar", good(3)))
+    assert build(tmp_path, tmp_path / "typo")["samples"] == 3
+    assert f"not compared: --source {tmp_path}/typo: no such file" in capsys.readouterr().err
+
+
 def test_only_the_number_of_flickr_keys_is_cut_off(tmp_path):
     rows = "a#1.jpg#0\tone\na#1.jpg#1\ttwo\n#2.jpg#0\tthree, four\n"
     assert table(tmp_path, rows) == [("#2.jpg", ["three, four"]), ("a#1.jpg", ["one", "two"])]

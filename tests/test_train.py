@@ -736,6 +736,7 @@ MISTAKES = [
     ("train.py --stepz 3", "--stepz"),
     ("train.py --objective gpt", "--objective"),
     ("train.py --device cpu --data-dir SHAPES --image-size 20", "train with --image-size 16"),
+    ("train.py --device cpu --data-dir SHAPES --image-size 12 --fresh --out OLD", "12 is not a multiple"),
     ("train.py --device cpu --data-dir SHAPES --image-size 12", "12 is not a multiple of the patch size"),
     ("train.py --device cpu --data-dir SHAPES --image-size 16 --pairs 5000", "fewer than 5,000"),
     ("train.py --device cpu --data-dir SHAPES --image-size 16 --out BUSY", "in use by another process"),
@@ -745,7 +746,7 @@ MISTAKES = [
     ("data.py --dataset x --data-dir DIR", "--source"),
     ("data.py --dataset shapes --source assets --data-dir DIR", "shapes has no --source"),
     ("data.py --dataset shapes --split test --data-dir DIR", "no test split"),
-    ("sample.py --ckpt nowhere.pt --dataset shapes --metrics --score dog", "without --html, --metrics"),
+    ("sample.py --ckpt nowhere.pt --dataset shapes --metrics --score dog", "(for --metrics), and captions after"),
     ("data.py --dataset x y --source assets --data-dir DIR", "unrecognized arguments: y"),
     ("data.py --dataset x --source assets --tokenizer words:many --data-dir DIR", "words:many"),
     ("sample.py --ckpt nowhere.pt assets", "no checkpoint at nowhere.pt"),
@@ -784,6 +785,9 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(shapes, tmp_path):
     """All of them in one process, which is the quicker way; each script runs as __main__."""
     places = {name: tmp_path / name for name in ("DIR", "EVIL", "BUSY")} | {"SHAPES": shapes}
     places["BUSY"].mkdir()
+    places["OLD"] = tmp_path / "OLD"
+    places["OLD"].mkdir()
+    (places["OLD"] / "ckpt.pt").write_bytes(b"old")
     places["EVIL"].write_bytes(pickle.dumps({"model": Evil(tmp_path / "pwned")}, protocol=2))
     commands = [[str(places.get(word, word)) for word in command.split()] for command, _ in MISTAKES]
     for number, command in enumerate(commands):
@@ -797,6 +801,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(shapes, tmp_path):
     for (command, expected), (status, told) in zip(MISTAKES, json.loads(done.stdout), strict=True):
         assert status == 2 and told.startswith("error: ") and told.count("\n") == 1, (command, status, told)
         assert expected in told, (command, told)
+    assert (places["OLD"] / "ckpt.pt").read_bytes() == b"old", "--fresh with wrong options removes nothing"
     assert not (tmp_path / "pwned").exists(), "a checkpoint with code is refused and not run"
     assert not (tmp_path / "out0").exists(), "a data set that is not there makes no output folder"
     assert [file.name for file in places["BUSY"].iterdir()] == [".lock"]
