@@ -290,7 +290,7 @@ def not_text(name):
 
 
 def is_junk(path):
-    """Of an operating system or notebook?"""
+    """Made by an operating system or notebook?"""
     return any(part in JUNK or part[:2] == "._" for part in str(path).lower().split("/"))
 
 
@@ -618,7 +618,7 @@ def write_shard(folder, plan, job):
     done = {"plan": digest(plan), "lengths": lengths, "skipped": +skipped, "bytes": size,
             "records": np.array(records, RECORD).tobytes().hex()}
     write_json(path, done)
-    return path  # its content could fill the pipe and hold an orphan
+    return path  # a large result would block an orphaned worker
 
 
 def choose_tokenizer(folder, units, name):

@@ -679,7 +679,7 @@ def main():
         step=0, started=started)
     checkpoint = open_output(run)
     model = run.model = start_model(run, checkpoint)
-    if ddp.rank == 0:  # all options are good
+    if ddp.rank == 0:  # the options are right
         clear_output(run, checkpoint)
     run.optimizer = make_optimizer(model, args)
     if checkpoint:
