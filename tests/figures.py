@@ -3,7 +3,8 @@
     python tests/figures.py                      # assets/method.svg: one caption at several times
     python tests/figures.py out/A out/B ...      # assets/positions.png: cost of a wrong image, by token position
 
-out/A, out/B, ... are runs of train.py; those on the same data share a panel. Needs matplotlib (requirements-dev.txt).
+out/A, out/B, ... are runs of train.py. Those on the same data share a panel, those that differ by their seed a curve.
+Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
@@ -76,20 +77,25 @@ def read_run(folder):
 
 
 def draw_positions(panels, path):
-    """The paper's argument as a figure: of each data set a panel with a curve for each model.
+    """The paper's argument as a figure: of each data set a panel with a curve for each objective.
 
-    panels {data set: [(name, by_position)]}, by_position [[wrong_image, its standard error, captions], ...], from
-    the last record of log.jsonl.
+    panels {data set: {objective: [by_position of each seed]}}, by_position [[wrong_image, its standard error,
+    captions], ...], from the last record of log.jsonl. Lines are means over seeds, points single seeds. The standard
+    error is the mean over seeds: they share the validation images, so averaging them does not lower it.
     """
     import matplotlib.pyplot as plt
+    import numpy as np
 
     figure, columns = plt.subplots(1, len(panels), figsize=(1.5 + 5.5 * len(panels), 3.6), squeeze=False)
-    for axes, (data_set, runs) in zip(columns[0], panels.items(), strict=True):
-        for number, (name, positions) in enumerate(runs):
-            shift = 1 + 0.12 * (number - (len(runs) - 1) / 2)
-            kept = [(i + shift, *entry[:2]) for i, entry in enumerate(positions) if entry[2] >= LEAST_CAPTIONS]
-            x, cost, error = zip(*kept, strict=True)
-            axes.errorbar(x, cost, error, fmt="o-", ms=4, lw=1, capsize=3, label=name)
+    for axes, (data_set, curves) in zip(columns[0], panels.items(), strict=True):
+        for number, (name, seeds) in enumerate(curves.items()):
+            values = np.array(seeds)  # [seeds, positions, 3]
+            kept = values[0, :, 2] >= LEAST_CAPTIONS
+            x = np.flatnonzero(kept) + 1 + 0.2 * (number - (len(curves) - 1) / 2)
+            cost, error, _ = values[:, kept].mean(0).T
+            axes.errorbar(x, cost, error, color=f"C{number}", lw=1, capsize=3, label=name)
+            for seed in values[:, kept, 0]:
+                axes.plot(x, seed, ".", color=f"C{number}", ms=5)
         axes.axhline(0, color="grey", lw=0.8)
         axes.set(xlabel="token position in the caption", title=data_set)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -112,7 +118,8 @@ def main():
         return
     panels = {}
     for record, options in map(read_run, folders):
-        panels.setdefault(options["dataset"], []).append((options["objective"].upper(), record["by_position"]))
+        curves = panels.setdefault(options["dataset"], {})
+        curves.setdefault(options["objective"], []).append(record["by_position"])
     draw_positions(panels, ROOT / "assets" / "positions.png")
 
 

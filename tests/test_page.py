@@ -248,6 +248,7 @@ def test_figures(tmp_path):
     assert fills["#2f6fde"] + fills["#f1f3f6"] == 5 * 13 and texts.count("1.82") == 1, "1/0.55"
     shown = sum(text in (*root[0].text.split(), "end") for text in texts)
     assert shown == 13 + fills["#f1f3f6"], "a word is shown above, and where it is not masked"
-    runs = [("MDC", [[0.5, 0.1, 900], [0.2, 0.1, 800], [9.0, 9.0, 2]]), ("AR", [[0.4, 0.1, 900]])]
+    seeds = [[[0.5, 0.1, 900], [0.2, 0.1, 800], [9.0, 9.0, 2]], [[0.6, 0.1, 900], [0.3, 0.1, 800], [9.0, 9.0, 2]]]
+    runs = {"mdc": seeds, "ar": [[[0.4, 0.1, 900]]]}
     figures.draw_positions({"shapes": runs, "photographs": runs}, tmp_path / "positions.png")
     assert data.open_image(tmp_path / "positions.png").size[0] > 500
