@@ -159,10 +159,9 @@ def log_likelihood(predict, tokens, valid, rule="parallel", noise=None, u=None):
 def visual_gain(scores):
     """How much better captions fit their own images than images in general, in nats -> [B].
 
-    scores [B,M] of a caption beside M images, its own first: log p, or minus the weighted loss
-    under one mask. The mean over images (log-mean-exp) stands for the caption without an image,
-    so the gain is at most ln M: InfoNCE's bound on the mutual information (van den Oord et al.
-    2018). The mere cost of a wrong image has no bound."""
+    scores [B,M]: log p of a caption, or of its hidden words, beside M images, its own first. The
+    mean over images (log-mean-exp) stands for p without an image, so the mean gain is a lower
+    bound on the mutual information, and at most ln M (InfoNCE, van den Oord et al. 2018)."""
     return scores[:, 0] - scores.logsumexp(dim=1) + math.log(scores.shape[1])
 
 

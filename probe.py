@@ -204,7 +204,7 @@ def fit_logistic(features, labels, classes, strengths, tolerance=1e-6):
 def fit_minibatch(features, labels, classes, rates, batch_size=1024):
     """Linear classifiers for R learning rates, trained together -> [R,D+1,classes], bias last.
 
-    20 epochs of SGD with momentum 0.9 and cosine schedule, as in DINOv2."""
+    20 epochs of SGD with momentum 0.9 and a cosine (DINOv2: 10, of crops)."""
     scale = (features.var(0) + 1e-3).rsqrt()  # else axes of small variance are not learned
     weights = features.new_zeros(len(rates), features.shape[1] + 1, classes)
     velocity = torch.zeros_like(weights)

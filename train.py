@@ -267,7 +267,7 @@ def evaluate_captioner(model, batches, schedule, world):
 
     val_loss      nats per token
     wrong_image   its cost in nats per token; _se: standard errors
-    visual_gain   diffusion.visual_gain, nats per caption
+    visual_gain   of the hidden words, nats per caption
     by_ratio      loss of a masked token in tenths of masking ratios
     by_position   [wrong_image, its standard error, captions]"""
     rows = []
@@ -292,7 +292,7 @@ def evaluate_captioner(model, batches, schedule, world):
     cost = loss[:, 1:].mean(1) - loss[:, 0]  # [n,L]
     wrong_image = cost.sum() / length.sum()
     error = (cost.sum(1) - wrong_image * length).norm() / length.sum()  # delta method
-    gain = diffusion.visual_gain(-loss.sum(2))  # [n]
+    gain = diffusion.visual_gain(-nll.sum(2))  # [n]; without the weight: a log p
     tenth = (ratio * 10 + 1e-6).long().clamp(max=9)  # 0.7 in float32 is below 0.7
     by_ratio = tenth.bincount(nll[:, 0].sum(1), 10) / tenth.bincount(masked, 10)
     by_position = [cost[length > i, i] for i in range(int(length.max()))]

@@ -487,7 +487,7 @@ def test_validation_figures_are_those_of_a_model_of_which_they_are_known():
 
 
 def test_validation_of_masked_tokens_is_the_training_objective():
-    """Each masked token weighs 1/t, summed and divided by all tokens; the losses by ratio are unweighted."""
+    """Each masked token weighs 1/t, summed and divided by all tokens; losses by ratio and gains are unweighted."""
     batches = list(known_batches(2, 20))
     figures = train.evaluate_captioner(Known(0.1, 1.0, 60), batches, "linear", world=1)
     weight = sum((batch["mask"] / batch["t"][:, None]).sum().item() for batch in batches)
@@ -496,6 +496,10 @@ def test_validation_of_masked_tokens_is_the_training_objective():
     assert figures["wrong_image"] == pytest.approx(0.9 * weight / tokens, rel=1e-4)
     assert figures["by_ratio"][:5] == [None] * 5
     assert figures["by_ratio"][5:] == pytest.approx([0.1] * 5, abs=1e-5)
+    hidden = torch.cat([batch["mask"].sum(1) for batch in batches]).double()
+    others = train.EXCHANGES
+    gain = -0.1 * hidden - torch.log((torch.exp(-0.1 * hidden) + others * torch.exp(-hidden)) / (others + 1))
+    assert figures["visual_gain"] == pytest.approx(gain.mean().item(), abs=1e-5)
 
 
 def test_the_contrastive_validation_loss_is_that_of_all_pairs_at_once():
