@@ -16,7 +16,6 @@ import csv
 import fcntl
 import functools
 import glob
-import gzip
 import hashlib
 import io
 import json
@@ -27,7 +26,6 @@ import shlex
 import sys
 import tarfile
 import warnings
-import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +55,6 @@ IMAGE_TYPES, TEXT_TYPES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 1 << 25) | dict.fromkeys(TEXT_TYPES, 1 << 20)
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints"}
 
-BAD_FILE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
-            RecursionError, zlib.error, csv.Error)  # from parsers
-
 
 # ---- errors and options
 class UserError(Exception):
@@ -77,7 +72,7 @@ def run(main):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -99,6 +94,8 @@ def run(main):
 
 
 class Parser(argparse.ArgumentParser):
+    """Raises UserError, one line, instead of argparse's usage."""
+
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -107,6 +104,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number_type(kind, fits, expected):
+    """-> argparse type: text -> kind(text), an error unless it fits."""
     def parse(text):
         with contextlib.suppress(ValueError):
             number = kind(text)
@@ -125,6 +123,7 @@ fraction = number_type(float, lambda x: 0 < x <= 1, "a number above 0, at most 1
 
 
 def listed(names):
+    """Text of the first three names and the number of the others."""
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return ", ".join(map(str, names[:3])) + more
 
@@ -200,10 +199,9 @@ def open_image(file, short_side=None):
 
 
 def to_rgb(image):
-    """PIL image -> RGB on white; 16 bits and floats are scaled."""
-    if image.mode.startswith(("I", "F")):
-        white = max(1, image.getextrema()[1]) if image.mode == "F" else 65535
-        image = image.point(lambda value: value * (255 / white) + 0).convert("L")
+    """PIL image -> RGB on white; 16 bits are scaled."""
+    if image.mode.startswith("I"):
+        image = image.point(lambda value: value / 257).convert("L")
         image.info.pop("transparency", None)  # a grey of 16 bits
     if image.has_transparency_data:
         layer = image.convert("RGBA")
@@ -247,6 +245,12 @@ SHAPES_CAPTION = re.compile(
     r"of an? (?P<background>\w+) background")
 
 
+def shapes_caption(size, colour, shape, row, column, background):
+    """The six words of an image -> its caption."""
+    text = f"a {size} {colour} {shape} at the {row} {column} of a {background} background"
+    return text.replace("of a orange", "of an orange")
+
+
 def draw_shapes(seed, pixels):
     """Seed -> PIL image [pixels,pixels] and caption, untrue with its two colours exchanged."""
     rng = np.random.default_rng(seed)
@@ -272,9 +276,7 @@ def draw_shapes(seed, pixels):
 
     image = np.asarray(image.resize((pixels, pixels), Image.BOX))
     image = image + rng.normal(0, 4, image.shape)
-    article = "an" if background == "orange" else "a"
-    caption = (f"a {size} {colour} {form} at the {ROWS[row]} {COLUMNS[column]} "
-               f"of {article} {background} background")
+    caption = shapes_caption(size, colour, form, ROWS[row], COLUMNS[column], background)
     return Image.fromarray(image.clip(0, 255).astype(np.uint8)), caption
 
 
@@ -286,6 +288,7 @@ def split_name(name):
 
 
 def not_text(name):
+    """False for the names of texts and tables."""
     return split_name(name)[1] not in ("txt", "csv", "json", "xml", "md", "html")
 
 
@@ -329,6 +332,7 @@ def find_sources(patterns):
 
 
 def digest(value):
+    """SHA-256 of a JSON-ready value, hexadecimal."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -339,6 +343,7 @@ def describe(path):
 
 
 def split_units(source, values):
+    """Values -> [(source, UNIT_SAMPLES of them or fewer), ...]"""
     return [(source, values[i:i + UNIT_SAMPLES]) for i in range(0, len(values), UNIT_SAMPLES)]
 
 
@@ -403,7 +408,7 @@ def tar_members(file, skipped):
             elif member.type not in (tarfile.DIRTYPE, tarfile.XGLTYPE):
                 skipped["tar member is not a file"] += 1
             file.seek(start + math.ceil(member.size / 512) * 512)
-    except (tarfile.HeaderError, EOFError, zlib.error):
+    except tarfile.HeaderError:
         skipped[f"{os.path.basename(file.name)} is cut short or damaged"] += 1
 
 
@@ -415,16 +420,14 @@ def read_table(path, split):
     """Table of captions -> sorted [(image name, [caption, ...]), ...]"""
     table = defaultdict(list)
     try:
-        content = Path(path).read_bytes()
-        content = gzip.decompress(content) if path.endswith(".gz") else content
-        text = content.decode("utf-8-sig")  # with or without byte order mark
+        text = Path(path).read_text("utf-8-sig")  # with or without byte order mark
         is_json = text.lstrip()[:1] in ("{", "[")
         rows = json_rows(json.loads(text), split) if is_json else text_rows(text)
         for name, captions in rows:
             captions = [captions] if isinstance(captions, str) else captions
             "".join(captions)  # raises unless all are texts
             table[os.path.normpath(name)] += captions
-    except BAD_FILE as problem:
+    except Exception as problem:  # parsers raise a dozen types
         raise UserError(f"--captions {path}: {type(problem).__name__} after {len(table):,} good "
                         f"images: {problem}; expected {TABLES}") from None
     if not table:
@@ -487,6 +490,7 @@ def place_table(table, files):
 
 # ---- samples
 def read_file(kind, path, start=0, size=1 << 62):
+    """Bytes of a file or of a tar's member. Raises BadSample above MAX_BYTES."""
     with open(path, "rb") as file:
         file.seek(start)
         content = file.read(min(size, MAX_BYTES[kind] + 1))
@@ -509,6 +513,7 @@ def find_captions(files):
 
 
 def encode_image(image, image_size):
+    """RGB PIL image -> bytes: PPM up to SMALL pixels, else JPEG."""
     image.info = {}  # JPEG would keep comments
     file = io.BytesIO()
     image.save(file, "PPM" if image_size <= SMALL else "JPEG", quality=90)
@@ -553,7 +558,7 @@ def read_samples(unit, skipped, image_size=None):
         except BadSample as reason:
             skipped[str(reason)] += 1
         else:
-            kinds = {IMAGE_TYPES if kind in IMAGE_TYPES else kind for kind, _ in places}
+            kinds = {"image" if kind in IMAGE_TYPES else kind for kind, _ in places}
             skipped["file of the same name"] += len(places) - len(kinds)
             yield os.path.basename(stem), image, captions
 
@@ -569,9 +574,8 @@ def replace_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path, value):
@@ -608,7 +612,7 @@ def write_shard(folder, plan, job):
             tokens = []
             for caption in captions:
                 ids = [*tokenizer.encode_ordinary(caption), tokenizer.eot_token]
-                lengths[str(len(ids))] += 1
+                lengths[len(ids)] += 1
                 tokens += ids
             key = key.encode(errors="replace")[-RECORD["key"].itemsize:]
             u = int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2 ** 64
@@ -650,10 +654,10 @@ def make_split(folder, units, plan, workers):
     lengths, skipped = Counter(), Counter()
     sizes = {}
     records = []
-    loader = torch.utils.data.DataLoader(  # its processes call write_shard for each unit
+    loader = torch.utils.data.DataLoader(  # a pool of write_shard
         list(enumerate(units)), collate_fn=functools.partial(write_shard, folder, plan),
         num_workers=min(workers or os.cpu_count(), len(units)),
-        batch_size=None, generator=torch.Generator())
+        batch_size=None, generator=torch.Generator())  # spares train.py's seed
     for i, path in enumerate(tqdm(loader, folder.name, unit="shard")):
         done = json.loads(path.read_text())
         lengths.update(done["lengths"])
@@ -729,7 +733,9 @@ class Shards:
             for name, size in self.sizes.items():
                 if os.path.getsize(self.folder / name) != size:
                     raise ValueError(f"{name} does not have {size:,} bytes")
-        except BAD_FILE as problem:
+        except UserError:
+            raise
+        except Exception as problem:
             raise self.damaged(f"{type(problem).__name__}: {problem}") from None
 
     def __len__(self):

@@ -33,6 +33,7 @@ from sample import length_terms, load_captioner, score_captions
 
 STRENGTHS = np.logspace(-6, 5, 45)  # scikit-learn's C, the range of DINOv2
 RATES = np.logspace(-3, 1, 9)  # learning rates of fit_minibatch
+EXACT = 8e6  # cost up to which fit_logistic is used: half an hour
 PART = 8192  # images in a file of cached features
 RULES = {
     "mdc": ("monte-carlo", "parallel", "leave-one-out"),
@@ -65,7 +66,7 @@ def read_archive(path, split):
                 for record in np.frombuffer(content, np.uint8).reshape(-1, labels + 3072):
                     pixels = record[labels:].reshape(3, 32, 32).transpose(1, 2, 0)
                     yield f"{record[labels - 1]:03}", name, Image.fromarray(pixels)
-    except data.BAD_FILE as problem:
+    except Exception as problem:
         skipped[problem] += 1
     if skipped:
         raise UserError(f"{path}: {data.listed([*skipped])}; expected a whole tar of plain files")
@@ -184,7 +185,7 @@ def fit_logistic(features, labels, classes, strengths, tolerance=1e-6):
                                       tolerance_change=1e-12, history_size=10,
                                       line_search_fn="strong_wolfe")
 
-        def closure(v=v, scale=scale, decay=decay):
+        def closure():
             v.grad = None
             w = v * scale
             loss = F.cross_entropy(x @ w, labels) + (decay * w ** 2).sum() / 2
@@ -245,13 +246,12 @@ def number_classes(train, test):
     return torch.from_numpy(labels), torch.from_numpy(np.searchsorted(names, test))
 
 
-def linear_probe(train, labels, test, answers, seed=0, minibatch=None):
+def linear_probe(train, labels, test, answers, seed=0):
     """Features [n,D], labels [n] -> figures_of on `test`, the best "C" or "lr", and "held_out", its
     accuracy on a random tenth of `train`."""
     classes = int(labels.max()) + 1
-    if minibatch is None:  # above about half an hour for the exact fit
-        minibatch = len(train) * max(classes, train.shape[1] / 16) > 8e6
-    fit, grid, name = (fit_minibatch, RATES, "lr") if minibatch else (fit_logistic, STRENGTHS, "C")
+    large = len(train) * max(classes, train.shape[1] / 16) > EXACT
+    fit, grid, name = (fit_minibatch, RATES, "lr") if large else (fit_logistic, STRENGTHS, "C")
     mean = train.mean(0)
     deviation = train.std(0, correction=0).clamp(min=1e-6)
     train = (train - mean) / deviation
@@ -284,7 +284,6 @@ def nearest_neighbours(train, labels, test, answers):
 # ---- compositionality
 def swap_items(shards):
     """Three Items per synthetic image: colours exchanged, another form, another place."""
-    pattern = "a {size} {colour} {shape} at the {row} {column} of a {background} background"
     forms = [{"shape": form} for form in data.FORMS]
     places = [{"row": row} for row in data.ROWS] + [{"column": column} for column in data.COLUMNS]
     items = []
@@ -295,7 +294,7 @@ def swap_items(shards):
         exchanged = {"colour": words["background"], "background": words["colour"]}
         for group, changes in (("colours", [exchanged]), ("form", forms), ("place", places)):
             wrong = [words | change for change in changes if words | change != words]
-            wrong = pattern.format(**rng.choice(wrong)).replace("of a orange", "of an orange")
+            wrong = data.shapes_caption(**rng.choice(wrong))
             items.append(Item((i, None), group, [caption, wrong]))
     return items
 
@@ -319,7 +318,7 @@ def read_items(dataset, source, folder):
                 name = row[group] if group else file.stem
                 name = name if isinstance(name, str) else "_".join(name)
                 items.append(Item((os.path.join(folder, row[image]), box), name, captions))
-    except data.BAD_FILE as problem:
+    except Exception as problem:
         raise UserError(f"--source {source}: no {dataset} annotations: {problem!r}") from None
     return items
 
@@ -412,7 +411,7 @@ def report_items(dataset, items, scores, lengths, terms):
 
 def main_compositionality(args, model, checkpoint):
     """Score the items, print tables, return the record."""
-    open_item = str  # `encode` opens files
+    open_item = Path  # `encode` opens files
     if args.dataset == "swaps":
         shards = data.open_split(args.data_dir, "shapes", "val")
         items = swap_items(shards)
@@ -429,9 +428,7 @@ def main_compositionality(args, model, checkpoint):
     for batch, patches in encode(model, samples, unusable):  # float16 changes scores by 0.0003
         features.update(zip(batch, patches.half().cpu()))
     items = [item for item in items if item.image in features]
-    if unusable:
-        print(f"{len(unusable)} images are missing or broken, {data.listed(unusable)}; "
-              f"{len(items)} items are left")
+    print(f"{len(items):,} items with {len(features):,} images, {len(unusable)} unusable")
 
     def evaluate(items):
         scores = score_items(model, checkpoint, items, features, args.samples, args.seed)

@@ -63,7 +63,7 @@ def caption_images(model, images, length, prompt=None, temperature=0.0, generato
 
     def predict(tokens, mask):
         logits = model.decoder(memory, tokens, mask, valid)
-        if prompt is not None:  # no end before the last given word
+        if prompt is not None:  # no early end; `watch` sees it too
             logits[:, eos] = -torch.inf
         return logits
 
@@ -132,7 +132,7 @@ def length_terms(histogram, captions, config):
 # ---- metrics
 def ngrams(words, n):
     """Counter of the n-grams of a list of words."""
-    return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+    return Counter(zip(*(words[i:] for i in range(n))))
 
 
 def bleu(made, given):
@@ -202,6 +202,7 @@ def cider_d(made, given):
 
 
 def split_words(text):
+    """Words in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
@@ -325,6 +326,7 @@ def watch(model, tokenizer, states):
 
 # ---- command line
 def parse_args():
+    """Command line -> namespace. Raises UserError."""
     parser = data.Parser(__doc__)
     add = parser.add_argument
     add("images", nargs="*", help="files or folders")
@@ -344,17 +346,13 @@ def parse_args():
     add("--trace", action="store_true", help="print all steps")
     add("--html", help="page that replays the steps")
     add("--metrics", action="store_true", help="BLEU, ROUGE-L and CIDEr-D")
-    add("--score", nargs="+", metavar="TEXT", default=[], help="rank captions; scores in nats")
+    add("--score", nargs="+", metavar="TEXT", default=[], help="rank captions, after images; in nats")
     args = parser.parse_args()
-    files = [word for word in args.score
-             if os.path.exists(word) or data.split_name(word)[1] in data.IMAGE_TYPES]
-    args.images += files
-    args.score = [word for word in args.score if word not in files]
     captioning = args.html or args.metrics or args.prompt or args.trace
     if (bool(args.images) == bool(args.dataset) or args.metrics and not args.dataset
-            or files and not args.score or args.score and captioning):
+            or args.score and captioning):
         raise UserError("expected images or --dataset NAME (for --metrics), and captions after "
-                        "--score (without --html, --prompt, --trace)")
+                        "them: --score (without --html, --prompt, --trace)")
     if not Path(args.html or ".").parent.is_dir():
         raise UserError(f"--html {args.html}: no such folder")
     return args

@@ -34,7 +34,7 @@ from diffusion import SCHEDULES
 from model import SIZES, Block, Config, build_model, flops
 
 # cc3m, cc12m and others: values of CapPa and Cluster Masking at academic scale.
-PHOTOGRAPHS = dict(model="B/16", epochs=32.0, batch_size=2048, lr=5e-4, warmup=2000,
+LARGE_SCALE = dict(model="B/16", epochs=32.0, batch_size=2048, lr=5e-4, warmup=2000,
                    weight_decay=0.2, crop_scale=0.5, save_every=2000, eval_every=2000)
 OFTEN = dict(save_every=500, eval_every=500)
 PRESETS = {
@@ -42,8 +42,8 @@ PRESETS = {
                    weight_decay=0.05, crop_scale=1.0),
     "flickr8k": dict(OFTEN, model="tiny/4", steps=4000, batch_size=64, lr=7.5e-4, warmup=200,
                      weight_decay=0.1, crop_scale=0.5, flip=True),
-    "coco": PHOTOGRAPHS | dict(OFTEN, model="S/16", batch_size=512, lr=1e-3, warmup=1000),
-    "recap": dict(PHOTOGRAPHS, epochs=20.0),
+    "coco": LARGE_SCALE | dict(OFTEN, model="S/16", batch_size=512, lr=1e-3, warmup=1000),
+    "recap": dict(LARGE_SCALE, epochs=20.0),
 }
 # --init: gentle, to keep what the weights know.
 FINE_TUNING = dict(steps=None, epochs=10.0, lr=5e-5, warmup=100, weight_decay=0.01)
@@ -65,6 +65,7 @@ PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 # ---- options
 def make_parser():
+    """All options; parse_args gives those of PRESETS their defaults."""
     parser = data.Parser(__doc__)
     add = parser.add_argument_group("data (defaults: the preset)").add_argument
     add("--dataset", default="shapes", help=f"{', '.join(DATASETS)} or another")
@@ -72,7 +73,6 @@ def make_parser():
     add("--image-size", type=positive_int, help="pixels (default: preset or shards)")
     add("--crop-scale", type=fraction, help="least share of the area in a crop; 1: no crops")
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror at random")
-    add("--tokenizer", help="expected of the shards")
     add("--max-tokens", type=positive_int, help="longest caption; others are cut")
     add("--pairs", type=positive_int, help="train on a random subset")
     add("--workers", type=non_negative_int, help="per process (default: up to 16 with CUDA)")
@@ -115,12 +115,9 @@ def parse_args(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     shards = DATASETS.get(args.dataset, data.PHOTOGRAPHS | {"image_size": None})
-    preset = PRESETS.get(args.dataset, PHOTOGRAPHS)
-    preset = dict(preset, image_size=shards["image_size"], max_tokens=shards["max_tokens"])
+    preset = PRESETS.get(args.dataset, LARGE_SCALE) | shards
     if args.init:
         preset |= FINE_TUNING | {"crop_scale": max(0.8, preset["crop_scale"])}
-        if not os.path.isfile(args.init):
-            raise UserError(f"--init {args.init}: no such file")
     if args.steps or args.epochs:  # instead of the preset's length
         preset |= {"steps": None, "epochs": None}
     parser.set_defaults(**preset)
@@ -140,12 +137,14 @@ def parse_args(argv=None):
             name += f"-{option}{value}"
     fixed = {"bert": (args.mask_ratio, args.mask_ratio), "parallel": (1.0, 1.0)}
     args.times = fixed.get(args.objective, (args.t_min, args.t_max))
+    args.fresh &= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # once
     args.out = args.out or f"out/{name}{'-init' if args.init else ''}"
     return args
 
 
 # ---- machine
 class Processes(NamedTuple):
+    """This process among those of torchrun; by default the only one."""
     rank: int = 0
     world: int = 1
     local_rank: int = 0
@@ -153,6 +152,7 @@ class Processes(NamedTuple):
 
 
 def find_processes():
+    """Environment of torchrun -> Processes. Raises UserError."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     values = [os.environ.get(name, "") for name in names]
     if not any(values[:2]):
@@ -165,6 +165,7 @@ def find_processes():
 
 
 def connect(cuda):
+    """Join torchrun's processes: gloo for CPU tensors, NCCL for those of CUDA."""
     # After a restart the store still holds the addresses of crashed workers.
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -199,6 +200,7 @@ def find_device(args, local_rank):
 
 
 def print0(text):
+    """Print in the first process only."""
     if os.environ.get("RANK", "") in ("", "0"):
         print(text, flush=True)
 
@@ -342,7 +344,7 @@ def find_checkpoint(args):
         except Exception as problem:  # a file cut short can break in any way
             print0(f"{path} cannot be read ({type(problem).__name__})")
             continue
-        changed = [f"--{name.replace('_', '-')} was {was.get(name)}, now {now[name]}"
+        changed = [f"{name} was {was.get(name)}, now {now[name]}"
                    for name in now if name not in MAY_CHANGE and was.get(name) != now[name]]
         if changed:
             raise UserError(f"{path} is another run ({'; '.join(changed)}): use --fresh or --out")
@@ -365,6 +367,7 @@ def start_from(path, model, tokenizer):
 
 # ---- stages of main
 def log(run, record):
+    """Append a record to run.records and OUT/log.jsonl, in the first process."""
     if run.ddp.rank == 0:
         run.records.append(record)
         with open(run.out / "log.jsonl", "a") as file:
@@ -372,6 +375,7 @@ def log(run, record):
 
 
 def save(run):
+    """Write OUT/ckpt.pt, in the first process. Raises UserError."""
     if run.ddp.rank == 0:
         save_checkpoint(run.out / "ckpt.pt", dict(
             model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), step=run.step,
@@ -381,25 +385,25 @@ def save(run):
 
 
 def open_data(args):
-    """Training and validation shards; completes --image-size, --tokenizer and the checksum
-    `shards`. Raises UserError."""
+    """Training and validation shards; completes image_size, tokenizer and the checksum
+    `shards` of args. Raises UserError."""
     folder = Path(args.data_dir, args.dataset)
     for split in ("train", "val") if args.dataset == "shapes" else ():
-        if not (folder / split / "meta.json").exists():  # one process draws, others wait
+        if not (folder / split / "meta.json").exists():
             data.prepare("shapes", split, args.data_dir, image_size=args.image_size,
-                         tokenizer=args.tokenizer or DATASETS["shapes"]["tokenizer"])
+                         tokenizer=args.tokenizer)
     train = open_split(args.data_dir, args.dataset, "train")
     val = open_split(args.data_dir, args.dataset, "val")
     args.shards = f"{len(train)} of {train.digest[:8]}"  # more once val exists
     pixels = min(train.meta["image_size"], val.meta["image_size"])
     args.image_size = args.image_size or pixels
     names = [split.meta["tokenizer"]["name"] for split in (train, val)]
-    args.tokenizer = args.tokenizer or names[0]
+    args.tokenizer = names[0]
     problem = None
     if args.image_size > pixels:
         problem = f"images for {pixels} px, not {args.image_size}: train with --image-size {pixels}"
-    elif args.tokenizer != names[0] or val.meta["tokenizer"] != train.meta["tokenizer"]:
-        problem = f"tokens of {names}, not {args.tokenizer}: leave out --tokenizer"
+    elif val.meta["tokenizer"] != train.meta["tokenizer"]:
+        problem = f"two tokenizers, {names}: use another"
     if problem:
         raise UserError(f"{folder} has {problem}, or make both splits again with data.py --fresh")
     if args.pairs:
@@ -666,8 +670,8 @@ def main():
     for length, count in train.lengths.items():
         lengths[min(length, args.max_tokens)] += count
         cut += count * (length > args.max_tokens)
-    pairs = [f"{option}={value}" for option, value in vars(args).items() if value is not None]
-    print0("  ".join(pairs))
+    shown = [f"{option}={value}" for option, value in vars(args).items() if value is not None]
+    print0("  ".join(shown))
     machine = f"{args.dtype} on {name}"
     print0(f"{machine}\n{len(train):,} training and {len(val):,} validation images, "
            f"{args.steps * args.batch_size / len(train):.1f} epochs; {cut:,} captions cut")
@@ -679,13 +683,14 @@ def main():
         step=0, started=started)
     checkpoint = open_output(run)
     model = run.model = start_model(run, checkpoint)
-    if ddp.rank == 0:  # the options are right
+    if ddp.rank == 0:  # not before all checks
         clear_output(run, checkpoint)
     run.optimizer = make_optimizer(model, args)
     if checkpoint:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         run.step = checkpoint["step"]
         run.started -= checkpoint["seconds"]
+        del checkpoint  # gigabytes
     if args.compile == "on":
         compile_blocks(model)
     print0(f"{sum(p.numel() for p in model.parameters()):,} parameters")
@@ -693,10 +698,10 @@ def main():
     if ddp.launched:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    # batches: order, crops and noise are functions of (seed, place): resuming needs no state
+    # batches
     batches = Batches(train, args.batch_size, args.image_size, args.max_tokens, args.seed, True,
                       args.crop_scale, args.flip, ddp.rank, ddp.world, accumulation)
-    if not checkpoint:
+    if run.step == 0:
         example = add_masks(batches[0], args.objective, args.times, args.schedule)
         print0(sample.show_example(example, train.tokenizer))
 

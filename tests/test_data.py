@@ -4,7 +4,6 @@ import contextlib
 import errno
 import functools
 import gc
-import gzip
 import importlib
 import io
 import json
@@ -1044,7 +1043,7 @@ def test_a_ramp_in_any_mode_stays_a_ramp(mode):
     assert np.abs(red(image) - expected).max() <= 2
 
 
-def test_sixteen_bits_and_floats_are_scaled():
+def test_sixteen_bits_are_scaled():
     deep = RAMP.astype(np.uint16) * 257
     image = Image.fromarray(deep)
     assert image.mode == "I;16"
@@ -1054,16 +1053,13 @@ def test_sixteen_bits_and_floats_are_scaled():
     pictures = {
         "I;16": image,
         "I": Image.fromarray(deep.astype(np.int32)),
-        "F": Image.fromarray(RAMP.astype(np.float32) / 255),
-        "F above 1": Image.fromarray(RAMP.astype(np.float32) * 255 / 252),
         "PNG": plain,
         "PNG with tRNS": plain[:place] + chunk + plain[place:],
         "PGM": b"P5\n64 16\n65535\n" + deep.astype(">u2").tobytes(),
         "12 bits": b"P5\n64 16\n4095\n" + (deep >> 4).astype(">u2").tobytes(),
-        "PFM": b"Pf\n64 16\n-1.0\n" + (RAMP.astype("<f4") / 255).tobytes(),
     }
     for name, picture in pictures.items():
-        assert np.abs(red(picture) - RAMP[8]).max() <= (4 if name == "F above 1" else 1), name
+        assert np.abs(red(picture) - RAMP[8]).max() <= 1, name
 
 
 def test_jpegs_of_printers_keep_their_greys():
@@ -1147,14 +1143,6 @@ def table(tmp_path, content, split="train"):
 def test_a_table_is_known_by_its_content(tmp_path, content):
     assert [(name, [c.strip() for c in some]) for name, some in table(tmp_path, content)] == [
         ("0.jpg", ["a dog"]), ("1.jpg", ["a cat"])]
-
-
-def test_a_table_may_be_gzipped(tmp_path):
-    (tmp_path / "c.json.gz").write_bytes(gzip.compress(b'[{"image": "0.jpg", "caption": "a dog"}]'))
-    assert data.read_table(str(tmp_path / "c.json.gz"), "val") == [("0.jpg", ["a dog"])]
-    (tmp_path / "c.csv.gz").write_bytes(b"0.jpg,a dog\n")
-    with pytest.raises(UserError, match="BadGzipFile"):
-        data.read_table(str(tmp_path / "c.csv.gz"), "val")
 
 
 def test_a_caption_may_start_with_a_number(tmp_path):
@@ -1305,10 +1293,12 @@ def test_finished_shapes_need_no_lock(shapes, monkeypatch):
     assert prepare("shapes", "train", shapes, image_size=16, tokenizer="words:100")["samples"] == 96
 
 
-def test_output_may_be_captured(monkeypatch):
+def test_output_may_be_captured_or_closed(monkeypatch):
     monkeypatch.setattr("sys.stdout", output := io.StringIO())
     data.run(lambda: print("captured"))
     assert output.getvalue() == "captured\n"
+    monkeypatch.setattr("sys.stdout", None)  # as `>&-`
+    data.run(lambda: print("lost"))
 
 
 def test_digests_are_those_of_the_shards(tmp_path):

@@ -274,12 +274,12 @@ def test_the_visual_gain_compares_with_all_images_of_the_command(call, batch_siz
     assert "visual gain" not in call("ar", "--score", "a dog", "--count", 1), "there is no other image"
 
 
-def test_an_image_to_score_that_is_not_there_is_no_caption(call, capsys):
-    with pytest.raises(SystemExit) as end:
-        call("mdc", "--score", "a dog", "nowhere.jpg")
-    assert end.value.code == 1 and "nowhere.jpg: No such file" in capsys.readouterr().err
-    with pytest.raises(UserError, match="captions"):
-        call("mdc", "--score", "nowhere.jpg")
+def test_all_words_after_score_are_captions(call, tmp_path, monkeypatch):
+    """Also those that name a file."""
+    (tmp_path / "dog").mkdir()
+    monkeypatch.chdir(tmp_path)
+    said = call("mdc", "--score", "dog", "a cat")
+    assert "  dog\n" in said and "  a cat\n" in said
 
 
 def bad_folder(path):
