@@ -123,7 +123,7 @@ fraction = number_type(float, lambda x: 0 < x <= 1, "a number above 0, at most 1
 
 
 def listed(names):
-    """Text of the first three names and the number of the others."""
+    """The first three names and how many others."""
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return ", ".join(map(str, names[:3])) + more
 
@@ -332,7 +332,7 @@ def find_sources(patterns):
 
 
 def digest(value):
-    """SHA-256 of a JSON-ready value, hexadecimal."""
+    """SHA-256 of a JSON-ready value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

@@ -65,7 +65,7 @@ PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 # ---- options
 def make_parser():
-    """All options; parse_args gives those of PRESETS their defaults."""
+    """All options; those of PRESETS without defaults."""
     parser = data.Parser(__doc__)
     add = parser.add_argument_group("data (defaults: the preset)").add_argument
     add("--dataset", default="shapes", help=f"{', '.join(DATASETS)} or another")
@@ -73,6 +73,7 @@ def make_parser():
     add("--image-size", type=positive_int, help="pixels (default: preset or shards)")
     add("--crop-scale", type=fraction, help="least share of the area in a crop; 1: no crops")
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror at random")
+    add("--tokenizer", help="expected of the shards")
     add("--max-tokens", type=positive_int, help="longest caption; others are cut")
     add("--pairs", type=positive_int, help="train on a random subset")
     add("--workers", type=non_negative_int, help="per process (default: up to 16 with CUDA)")
@@ -115,7 +116,7 @@ def parse_args(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     shards = DATASETS.get(args.dataset, data.PHOTOGRAPHS | {"image_size": None})
-    preset = PRESETS.get(args.dataset, LARGE_SCALE) | shards
+    preset = PRESETS.get(args.dataset, LARGE_SCALE) | shards | {"tokenizer": None}
     if args.init:
         preset |= FINE_TUNING | {"crop_scale": max(0.8, preset["crop_scale"])}
     if args.steps or args.epochs:  # instead of the preset's length
@@ -165,11 +166,11 @@ def find_processes():
 
 
 def connect(cuda):
-    """Join torchrun's processes: gloo for CPU tensors, NCCL for those of CUDA."""
+    """Join torchrun's processes: gloo on CPUs, NCCL on CUDA."""
     # After a restart the store still holds the addresses of crashed workers.
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo for plain values, without a GPU
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
@@ -294,7 +295,7 @@ def evaluate_captioner(model, batches, schedule, world):
     cost = loss[:, 1:].mean(1) - loss[:, 0]  # [n,L]
     wrong_image = cost.sum() / length.sum()
     error = (cost.sum(1) - wrong_image * length).norm() / length.sum()  # delta method
-    gain = diffusion.visual_gain(-nll.sum(2))  # [n]; without the weight: a log p
+    gain = diffusion.visual_gain(-nll.sum(2))  # [n]; unweighted: a log p
     tenth = (ratio * 10 + 1e-6).long().clamp(max=9)  # 0.7 in float32 is below 0.7
     by_ratio = tenth.bincount(nll[:, 0].sum(1), 10) / tenth.bincount(masked, 10)
     by_position = [cost[length > i, i] for i in range(int(length.max()))]
@@ -367,7 +368,7 @@ def start_from(path, model, tokenizer):
 
 # ---- stages of main
 def log(run, record):
-    """Append a record to run.records and OUT/log.jsonl, in the first process."""
+    """Append a record to OUT/log.jsonl and run.records."""
     if run.ddp.rank == 0:
         run.records.append(record)
         with open(run.out / "log.jsonl", "a") as file:
@@ -375,7 +376,7 @@ def log(run, record):
 
 
 def save(run):
-    """Write OUT/ckpt.pt, in the first process. Raises UserError."""
+    """Write OUT/ckpt.pt. Raises UserError."""
     if run.ddp.rank == 0:
         save_checkpoint(run.out / "ckpt.pt", dict(
             model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), step=run.step,
@@ -385,25 +386,25 @@ def save(run):
 
 
 def open_data(args):
-    """Training and validation shards; completes image_size, tokenizer and the checksum
-    `shards` of args. Raises UserError."""
+    """Training and validation shards; completes --image-size, --tokenizer and the checksum
+    `shards`. Raises UserError."""
     folder = Path(args.data_dir, args.dataset)
     for split in ("train", "val") if args.dataset == "shapes" else ():
         if not (folder / split / "meta.json").exists():
             data.prepare("shapes", split, args.data_dir, image_size=args.image_size,
-                         tokenizer=args.tokenizer)
+                         tokenizer=args.tokenizer or DATASETS["shapes"]["tokenizer"])
     train = open_split(args.data_dir, args.dataset, "train")
     val = open_split(args.data_dir, args.dataset, "val")
     args.shards = f"{len(train)} of {train.digest[:8]}"  # more once val exists
     pixels = min(train.meta["image_size"], val.meta["image_size"])
     args.image_size = args.image_size or pixels
     names = [split.meta["tokenizer"]["name"] for split in (train, val)]
-    args.tokenizer = names[0]
+    args.tokenizer = args.tokenizer or names[0]
     problem = None
     if args.image_size > pixels:
         problem = f"images for {pixels} px, not {args.image_size}: train with --image-size {pixels}"
-    elif val.meta["tokenizer"] != train.meta["tokenizer"]:
-        problem = f"two tokenizers, {names}: use another"
+    elif args.tokenizer != names[0] or val.meta["tokenizer"] != train.meta["tokenizer"]:
+        problem = f"tokens of {names}, not {args.tokenizer}: leave out --tokenizer"
     if problem:
         raise UserError(f"{folder} has {problem}, or make both splits again with data.py --fresh")
     if args.pairs:
@@ -415,7 +416,7 @@ def open_output(run):
     """Reserve OUT -> the checkpoint to continue or None. Raises UserError."""
     found = ["error"]
     try:
-        if run.ddp.rank == 0:  # the others need no disk
+        if run.ddp.rank == 0:
             run.out.mkdir(parents=True, exist_ok=True)
             run.lock = data.lock(run.out)  # until this process ends
             found = [find_checkpoint(run.args)]

@@ -194,7 +194,7 @@ def test_compiled_blocks_do_the_same_in_two_processes_with_few_graphs(tmp_path, 
     monkeypatch.setattr(data, "SHAPES_SAMPLES", {"train": 64, "val": 8})
     for split in ("train", "val"):
         data.prepare("shapes", split, tmp_path, image_size=16, tokenizer="words:8", workers=1)
-    options = {"eval_every": 2, "steps": 5, "max_tokens": 64}
+    options = {"eval_every": 2, "steps": 5, "max_tokens": 64, "tokenizer": "words:8"}
     (tmp_path / "run.py").write_text(LARGE_BLOCKS)
     script(tmp_path / "run.py", *words(tmp_path, tmp_path / "plain", **options))
     compiled = words(tmp_path, tmp_path / "compiled", compile="on", **options)
@@ -583,7 +583,7 @@ def test_every_preset_is_complete():
         assert args.max_tokens == data.DATASETS.get(name, data.PHOTOGRAPHS)["max_tokens"]
         assert bool(args.steps) != bool(args.epochs)
         missing = [option for option, value in vars(args).items() if value is None]
-        assert set(missing) <= {"steps", "epochs", "image_size", "pairs", "workers", "micro_batch", "init"}
+        assert set(missing) <= {"steps", "epochs", "image_size", "tokenizer", "pairs", "workers", "micro_batch", "init"}
     args = train.parse_args(["--epochs", "2"])
     assert args.steps is None and args.epochs == 2
     args = train.parse_args(["--dataset", "coco", "--steps", "9"])
@@ -690,6 +690,12 @@ def test_image_size_is_the_presets_or_that_of_the_shards_and_too_small_shards_ar
         with pytest.raises(UserError, match=f"for 16 px, not {(more or [0, 224])[1]}.*--image-size 16") as told:
             train.open_data(args)
         assert "\n" not in str(told.value)
+
+
+def test_shards_of_another_tokenizer_are_refused(shapes, tmp_path):
+    args = train.parse_args(["--data-dir", str(shapes), "--image-size", "16", "--tokenizer", "gpt2"])
+    with pytest.raises(UserError, match="words:100.* not gpt2.*--tokenizer"):
+        train.open_data(args)
 
 
 # ---- the scripts
