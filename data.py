@@ -85,7 +85,7 @@ def run(main):
             message = f"{lines[0]}: try a smaller --micro-batch or --batch-size"
         elif "DataLoader worker (pid" in lines[0]:
             message = "a worker ended (memory, /dev/shm, TMPDIR?): try fewer --workers"
-        elif re.search("No space left|Disk quota exceeded|File too large", message):
+        elif re.search("No space left|Disk quota exceeded|File too large|unexpected pos", message):
             message += ": make room, then try again"
         elif not isinstance(problem, UserError) and "[Errno" not in message:
             raise  # a bug

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -319,7 +318,7 @@ def read_items(dataset, source, folder):
                 name = name if isinstance(name, str) else "_".join(name)
                 items.append(Item((os.path.join(folder, row[image]), box), name, captions))
     except Exception as problem:
-        raise UserError(f"--source {source}: no {dataset} annotations: {problem!r}") from None
+        raise UserError(f"{file}: not {dataset} after {len(items)} good items: {problem!r}") from None
     return items
 
 
@@ -338,8 +337,6 @@ def score_items(model, checkpoint, items, features, draws=32, seed=0, batch_size
     config = model.config
     circle = list(features.values())
     places = {image: place for place, image in enumerate(features)}
-    if len(circle) < 2:
-        raise UserError(f"{len(circle)} different images: expected at least 2")
     exchanges = min(exchanges, len(circle) - 1)
 
     texts = [text for item in items for text in item.captions]
@@ -428,7 +425,9 @@ def main_compositionality(args, model, checkpoint):
     for batch, patches in encode(model, samples, unusable):  # float16 changes scores by 0.0003
         features.update(zip(batch, patches.half().cpu()))
     items = [item for item in items if item.image in features]
-    print(f"{len(items):,} items with {len(features):,} images, {len(unusable)} unusable")
+    print(f"{len(items):,} items with {len(features):,} images")
+    if len(features) < 2:
+        raise UserError(f"--images {args.images}: too few images; {data.listed(unusable)}")
 
     def evaluate(items):
         scores = score_items(model, checkpoint, items, features, args.samples, args.seed)
@@ -529,13 +528,15 @@ def main():
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     model, checkpoint = load_captioner(args.ckpt, args.device)
     if args.export:
+        if os.path.exists(args.export):
+            parser.error(f"--export {args.export} exists")
         export_encoder(model, args.export)
         return
 
     cache = Path(args.ckpt).parent / "features"
     try:
         cache.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=cache).close()
+        held = data.lock(cache, wait=True)
     except OSError as problem:
         print(f"note: features and results are not kept: {problem}", file=sys.stderr)
         cache = None
@@ -546,6 +547,7 @@ def main():
     if cache:
         with open(cache.parent / "probe.jsonl", "a") as file:
             file.write(json.dumps(vars(args) | {"step": checkpoint["step"]} | record) + "\n")
+        held.close()
     if record["unusable"]:
         raise UserError(f"left out of these figures: {data.listed(record['unusable'])}")
 

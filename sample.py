@@ -336,7 +336,6 @@ def parse_args():
     add("--split", choices=("train", "val", "test"), default="val")
     add("--data-dir", default="data")
     add("--count", type=positive_int, help="only the first COUNT")
-    add("--batch-size", type=positive_int, default=64)
     add("--steps", type=positive_int, help="default: one per token (best)")
     add("--order", choices=diffusion.ORDERS, default="confidence")
     add("--temperature", type=data.non_negative_float, default=0.0, help="default: 0, greedy")
@@ -346,15 +345,15 @@ def parse_args():
     add("--trace", action="store_true", help="print all steps")
     add("--html", help="page that replays the steps")
     add("--metrics", action="store_true", help="BLEU, ROUGE-L and CIDEr-D")
-    add("--score", nargs="+", metavar="TEXT", default=[], help="rank captions, after images; in nats")
+    add("--score", nargs="+", metavar="TEXT", default=[], help="rank captions; in nats")
     args = parser.parse_args()
-    captioning = args.html or args.metrics or args.prompt or args.trace
+    captioning = args.html or args.metrics or args.prompt is not None or args.trace
     if (bool(args.images) == bool(args.dataset) or args.metrics and not args.dataset
             or args.score and captioning):
         raise UserError("expected images or --dataset NAME (for --metrics), and captions after "
                         "them: --score (without --html, --prompt, --trace)")
-    if not Path(args.html or ".").parent.is_dir():
-        raise UserError(f"--html {args.html}: no such folder")
+    if args.html and not (args.html.endswith(".html") and Path(args.html).parent.is_dir()):
+        raise UserError(f"--html {args.html}: expected FOLDER/NAME.html")
     return args
 
 
@@ -402,13 +401,13 @@ def write_captions(model, checkpoint, names, shards, args):
     if length > config.max_tokens:
         raise UserError(f"--length: expected at most {config.max_tokens} tokens")
     prompt = None
-    if args.prompt:
+    if args.prompt is not None:
         prompt = read_prompt(args.prompt, tokenizer, config.max_tokens)
         length = len(prompt)
 
     made = {}
     records = []
-    batch_size = 1 if args.html else args.batch_size
+    batch_size = 1 if args.html else 64
     for indices, images in read_images(names, shards, batch_size, config.image_size):
         states = caption_images(model, images, length, prompt, args.temperature, generator,
                                 steps=args.steps, order=args.order)
@@ -424,7 +423,8 @@ def write_captions(model, checkpoint, names, shards, args):
             print(f"{names[i]}\t{made[i]}", flush=True)
 
     if args.metrics:
-        given = [[decode_caption(tokenizer, ids) for ids in shards.captions(i)] for i in made]
+        given = [[decode_caption(shards.tokenizer, ids) for ids in shards.captions(i)]
+                 for i in made]
         print_metrics(made.values(), given)
     if args.html:
         write_page("page.html", args.html, {"images": records})

@@ -33,7 +33,7 @@ from data import (DATASETS, Batches, UserError, decode_caption, fraction, non_ne
 from diffusion import SCHEDULES
 from model import SIZES, Block, Config, build_model, flops
 
-# cc3m, cc12m and others: values of CapPa and Cluster Masking at academic scale.
+# cc3m, cc12m and others: CapPa and Cluster Masking at academic scale.
 LARGE_SCALE = dict(model="B/16", epochs=32.0, batch_size=2048, lr=5e-4, warmup=2000,
                    weight_decay=0.2, crop_scale=0.5, save_every=2000, eval_every=2000)
 OFTEN = dict(save_every=500, eval_every=500)
@@ -73,7 +73,7 @@ def make_parser():
     add("--image-size", type=positive_int, help="pixels (default: preset or shards)")
     add("--crop-scale", type=fraction, help="least share of the area in a crop; 1: no crops")
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror at random")
-    add("--tokenizer", help="expected of the shards")
+    add("--tokenizer", help="of the shards")
     add("--max-tokens", type=positive_int, help="longest caption; others are cut")
     add("--pairs", type=positive_int, help="train on a random subset")
     add("--workers", type=non_negative_int, help="per process (default: up to 16 with CUDA)")
@@ -117,15 +117,13 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     shards = DATASETS.get(args.dataset, data.PHOTOGRAPHS | {"image_size": None})
     preset = PRESETS.get(args.dataset, LARGE_SCALE) | shards | {"tokenizer": None}
-    if args.init:
+    if args.init is not None:
         preset |= FINE_TUNING | {"crop_scale": max(0.8, preset["crop_scale"])}
     if args.steps or args.epochs:  # instead of the preset's length
         preset |= {"steps": None, "epochs": None}
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
 
-    if args.max_tokens < 2:
-        raise UserError("--max-tokens 1: expected at least 2")
     if args.t_min > args.t_max:
         raise UserError(f"--t-min {args.t_min} --t-max {args.t_max}: expected t_min <= t_max")
     name = f"{args.dataset}-{args.model.replace('/', '')}-{args.objective}"
@@ -330,7 +328,7 @@ def save_checkpoint(path, checkpoint):
             if path.exists():
                 os.replace(path, path.with_name("ckpt-previous.pt"))
     except (OSError, RuntimeError) as problem:  # torch hides a full disk in a RuntimeError
-        raise UserError(f"{path}: {problem}; earlier checkpoints are intact") from None
+        raise UserError(f"{path} was not written: {problem}") from None
 
 
 def find_checkpoint(args):
@@ -350,7 +348,7 @@ def find_checkpoint(args):
         if changed:
             raise UserError(f"{path} is another run ({'; '.join(changed)}): use --fresh or --out")
         print0(f"continuing {path} at step {checkpoint['step']:,} of {args.steps:,}")
-        # A broken ckpt.pt must not become ckpt-previous.pt at the next save.
+        # A broken ckpt.pt must not become ckpt-previous.pt.
         os.replace(path, path.with_name("ckpt.pt"))
         return checkpoint
     if paths:
@@ -450,10 +448,10 @@ def start_model(run, checkpoint):
         raise UserError(problem) from None
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-    elif args.init:
+    elif args.init is not None:
         start_from(args.init, model, train.meta["tokenizer"])
     elif args.objective != "clip":
-        # Start at the word frequencies: learning them would take many steps.
+        # Start at the word frequencies, which take many steps to learn.
         captions = [ids for i in range(min(len(train), 10_000)) for ids in train.captions(i)]
         counts = 0.1 + np.bincount(np.concatenate(captions), minlength=config.vocab_size)
         frequencies = torch.from_numpy(counts / counts.sum())
@@ -504,7 +502,7 @@ def validate(run):
         print0("warning: too few validation images")
         return {}
     args, ddp = run.args, run.ddp
-    # In random order: a batch exchanges its images, and neighbours may be similar.
+    # In random order: a batch exchanges images, and neighbours are alike.
     val = run.val.subset(min(len(run.val), EVAL_IMAGES), seed=0)
     count = math.ceil(len(val) / EVAL_BATCH)
     size = math.ceil(len(val) / count)
@@ -691,7 +689,7 @@ def main():
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         run.step = checkpoint["step"]
         run.started -= checkpoint["seconds"]
-        del checkpoint  # gigabytes
+        del checkpoint  # large
     if args.compile == "on":
         compile_blocks(model)
     print0(f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -205,12 +205,14 @@ def test_a_page_is_there_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("mdc.pt", "plain.jpg", "--html", "nowhere/page.html"), "page.html: no such folder"),
+        (("mdc.pt", "plain.jpg", "--html", "nowhere/page.html"), "page.html: expected FOLDER/NAME.html"),
+        (("mdc.pt", "--html", "plain.jpg", "plain.jpg"), "plain.jpg: expected FOLDER/NAME.html"),
         (("mdc.pt", "plain.jpg", "--html", "page.html", "--score", "a dog"), "--score (without --html,"),
         (("mdc.pt", "plain.jpg", "--metrics"), "--dataset NAME (for --metrics)"),
         (("mdc.pt", "plain.jpg", "--dataset", "shapes"), "expected images or --dataset NAME"),
         (("mdc.pt", "plain.jpg", "--device", "meta:oops"), "or meta:oops is not available"),
         (("mdc.pt", "plain.jpg", "--prompt", "___ " * 64), "at most 63 tokens"),
+        (("mdc.pt", "plain.jpg", "--prompt", ""), "expected blanks"),
         (("mdc.pt", "plain.jpg", "--score", "a dog " * 64), "at most 63 tokens"),
         (("nowhere.pt", "plain.jpg"), "no checkpoint at"),
         (("ar.pt", "plain.jpg", "--prompt", "a ___"), "cannot fill blanks"),

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import data
 import probe
 from data import BadSample, UserError, decode_caption, open_split
 from model import Captioner, Config, build_model
@@ -412,6 +414,27 @@ def test_the_exported_encoder_gives_the_features_in_timm_and_in_plain_torch(tmp_
         torch.testing.assert_close(scope["features"], expected, atol=1e-5, rtol=0)
 
 
+def test_an_export_replaces_nothing_and_says_if_the_disk_is_full(tmp_path, capsys, shapes):
+    save_checkpoint(shapes, path := tmp_path / "ckpt.pt")
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def export(target):
+        words = ["probe.py", "--ckpt", str(path), "--export", str(target)]
+        with pytest.raises(SystemExit) as end, mock.patch("sys.argv", words):
+            data.run(probe.main)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.count("\n") == 1
+        return said
+
+    assert "ckpt.pt exists" in export(path) and path.read_bytes() == before
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        assert "make room" in export(tmp_path / "encoder.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
 def hide_torchvision(monkeypatch):
     """timm imports torchvision, of which the CPU build of torch has none, and uses nothing of it here."""
 
@@ -483,7 +506,7 @@ def test_official_files_are_read(tmp_path):
     sugar = '[{"filename": "x", "caption": "a dog", "negative_caption": %s}]'
     for broken in ("[1]", "{}}", '[{"filename": "x", "caption": "a dog"}]', sugar % '" "', sugar % "1"):
         (tmp_path / "aro.json").write_text(broken)
-        with pytest.raises(UserError, match="no sugarcrepe annotations"):
+        with pytest.raises(UserError, match="aro.json: not sugarcrepe after 0 good items"):
             probe.read_items("sugarcrepe", tmp_path / "aro.json", tmp_path)
 
 
@@ -562,8 +585,6 @@ def test_every_caption_gets_the_score_of_its_own_and_of_other_images(shapes, obj
         pairs = [np.logaddexp(a, b) - np.log(2) for a, b in itertools.combinations(rest, 2)]
         assert min(np.abs(others - pair).max() for pair in pairs) < 1e-2, "not two other images"
         np.testing.assert_allclose(other_four, np.logaddexp.reduce(rest) - np.log(4), rtol=1e-3, atol=1e-3)
-    with pytest.raises(UserError, match="1 different images: expected at least 2"):
-        probe.score_items(model, checkpoint, items[:1], {items[0].image: features[items[0].image]})
 
 
 def save_checkpoint(shapes, path):
@@ -606,6 +627,22 @@ def test_results_are_printed_but_not_kept_if_the_checkpoints_folder_cannot_be_wr
     assert sorted(path.name for path in folder.iterdir()) == ["ckpt.pt", "features"]
 
 
+def test_a_second_probe_of_the_checkpoint_waits(pets, shapes):
+    """Both would write the same features."""
+    save_checkpoint(shapes, pets / "ckpt.pt")
+    words = ["probe.py", "--ckpt", pets / "ckpt.pt", "--dataset", "set", "--source", pets]
+    locked = []
+
+    def lock(folder, wait):
+        assert wait and not [*folder.iterdir()], "locked before the first image"
+        locked.append(folder)
+        return io.StringIO()
+
+    with mock.patch("data.lock", lock), mock.patch("sys.argv", [*map(str, words)]):
+        probe.main()
+    assert locked == [pets / "features"]
+
+
 def test_captions_are_normalized():
     for caption in ("A dog runs.", "a dog runs", "A dog runs", "a dog runs ."):
         assert probe.normalize_caption(caption) == "a dog runs"
@@ -624,8 +661,10 @@ def test_boxes_are_cut_to_the_image_and_missing_images_are_counted(tmp_path, scr
     for i in (2, 3):
         Image.new("RGB", (10, 10), (i, 0, 0)).save(tmp_path / f"{i}.png")
     command = ("probe.py", "--ckpt", tmp_path / "ckpt.pt", "--dataset", "sugarcrepe", "--source", tmp_path / "items.json")
+    said = script(*command, "--images", tmp_path / "elsewhere", expect=2).stderr.split("\r")[-1]
+    assert re.search(r"error: --images .*elsewhere: too few images; .*/1.png: No such file or directory, .*\n$", said)
     done = script(*command, "--images", tmp_path, "--samples", 2, expect=2)
-    assert done.stdout.startswith("3 items with 3 images, 1 unusable\n")
+    assert done.stdout.startswith("3 items with 3 images\n")
     said = done.stderr.split("\r")[-1]  # a progress bar is before it
     assert re.search(r"error: left out of these figures: .*4.png: No such file or directory\n$", said)
     record = json.loads((tmp_path / "probe.jsonl").read_text())
