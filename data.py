@@ -36,7 +36,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-# PHOTOGRAPHS is for other names too. max_tokens includes EOS.
+# PHOTOGRAPHS: other names too. max_tokens includes EOS.
 PHOTOGRAPHS = {"image_size": 224, "tokenizer": "gpt2", "max_tokens": 64}
 DATASETS = {
     "shapes": {"image_size": 48, "tokenizer": "words:100", "max_tokens": 16},
@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number_type(kind, fits, expected):
-    """-> argparse type: text -> kind(text), an error unless it fits."""
+    """-> argparse type: text -> kind(text), if it fits."""
     def parse(text):
         with contextlib.suppress(ValueError):
             number = kind(text)
@@ -343,7 +343,7 @@ def describe(path):
 
 
 def split_units(source, values):
-    """Values -> [(source, UNIT_SAMPLES of them or fewer), ...]"""
+    """Values -> [(source, at most UNIT_SAMPLES), ...]"""
     return [(source, values[i:i + UNIT_SAMPLES]) for i in range(0, len(values), UNIT_SAMPLES)]
 
 

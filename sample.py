@@ -336,6 +336,7 @@ def parse_args():
     add("--split", choices=("train", "val", "test"), default="val")
     add("--data-dir", default="data")
     add("--count", type=positive_int, help="only the first COUNT")
+    add("--batch-size", type=positive_int, default=64)
     add("--steps", type=positive_int, help="default: one per token (best)")
     add("--order", choices=diffusion.ORDERS, default="confidence")
     add("--temperature", type=data.non_negative_float, default=0.0, help="default: 0, greedy")
@@ -407,7 +408,7 @@ def write_captions(model, checkpoint, names, shards, args):
 
     made = {}
     records = []
-    batch_size = 1 if args.html else 64
+    batch_size = 1 if args.html else args.batch_size
     for indices, images in read_images(names, shards, batch_size, config.image_size):
         states = caption_images(model, images, length, prompt, args.temperature, generator,
                                 steps=args.steps, order=args.order)

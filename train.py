@@ -294,7 +294,7 @@ def evaluate_captioner(model, batches, schedule, world):
     wrong_image = cost.sum() / length.sum()
     error = (cost.sum(1) - wrong_image * length).norm() / length.sum()  # delta method
     gain = diffusion.visual_gain(-nll.sum(2))  # [n]; unweighted: a log p
-    tenth = (ratio * 10 + 1e-6).long().clamp(max=9)  # 0.7 in float32 is below 0.7
+    tenth = (ratio * 10 + 1e-6).long().clamp(max=9)  # float32's 0.7 is smaller
     by_ratio = tenth.bincount(nll[:, 0].sum(1), 10) / tenth.bincount(masked, 10)
     by_position = [cost[length > i, i] for i in range(int(length.max()))]
     return dict(
@@ -682,14 +682,14 @@ def main():
         step=0, started=started)
     checkpoint = open_output(run)
     model = run.model = start_model(run, checkpoint)
-    if ddp.rank == 0:  # not before all checks
+    if ddp.rank == 0:  # all is checked
         clear_output(run, checkpoint)
     run.optimizer = make_optimizer(model, args)
     if checkpoint:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         run.step = checkpoint["step"]
         run.started -= checkpoint["seconds"]
-        del checkpoint  # large
+        del checkpoint  # big
     if args.compile == "on":
         compile_blocks(model)
     print0(f"{sum(p.numel() for p in model.parameters()):,} parameters")

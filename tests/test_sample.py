@@ -264,8 +264,9 @@ def test_scores_have_all_columns(call, objective, columns):
     assert [[name.strip() for name in head if name] for head in heads] == [[*columns.split("|"), "caption"]] * 3
 
 
-def test_the_visual_gain_compares_with_all_images_of_the_command(call):
-    said = call("ar", "--score", "a dog").splitlines()
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_visual_gain_compares_with_all_images_of_the_command(call, batch_size):
+    said = call("ar", "--score", "a dog", "--batch-size", batch_size).splitlines()
     rows = np.array([[float(x) for x in line.split()[:3]] for line in said if line.endswith("   a dog")])
     log_p, _, gain = rows.T
     assert len(rows) == 3 and np.ptp(log_p) > 0.01 and (gain <= np.log(3)).all()
@@ -293,7 +294,7 @@ def bad_folder(path):
     return path
 
 
-@pytest.mark.parametrize("words, printed", [((), 2), (("--score", "a dog"), 2)])
+@pytest.mark.parametrize("words, printed", [((), 2), (("--batch-size", 1), 2), (("--score", "a dog"), 2)])
 def test_images_that_cannot_be_read_are_named_and_skipped(tmp_path, capsys, words, printed):
     folder = bad_folder(tmp_path / "in")
     command = ["sample.py", "--ckpt", write_checkpoint(tmp_path / "ckpt.pt"), folder, *words]

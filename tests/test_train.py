@@ -706,7 +706,8 @@ def test_captions_from_files_and_shards(finished, shapes, tmp_path, script):
     lines = script(*command, tmp_path, "--trace", "--length", 5).stdout.splitlines()
     assert len(lines) == 2 * 6 and lines[0].endswith("0  _ _ _ _ _")
     command += ("--dataset", "shapes", "--data-dir", shapes, "--count", 5)
-    assert len(script(*command).stdout.splitlines()) == 5
+    one = script(*command, "--batch-size", 2).stdout
+    assert one == script(*command).stdout and len(one.splitlines()) == 5
 
 
 def test_probe_reports_the_floor(finished, shapes, script):
