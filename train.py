@@ -294,7 +294,7 @@ def evaluate_captioner(model, batches, schedule, world):
     wrong_image = cost.sum() / length.sum()
     error = (cost.sum(1) - wrong_image * length).norm() / length.sum()  # delta method
     gain = diffusion.visual_gain(-nll.sum(2))  # [n]; unweighted: a log p
-    tenth = (ratio * 10 + 1e-6).long().clamp(max=9)  # float32's 0.7 is smaller
+    tenth = (ratio * 10 + 1e-6).long().clamp(max=9)  # float32's 0.7 is less
     by_ratio = tenth.bincount(nll[:, 0].sum(1), 10) / tenth.bincount(masked, 10)
     by_position = [cost[length > i, i] for i in range(int(length.max()))]
     return dict(
