@@ -422,7 +422,7 @@ def main_compositionality(args, model, checkpoint):
     images = dict.fromkeys(item.image for item in items)
     samples = ((image, image[0], open_item(image[0]), image[1]) for image in images)
     features = {}
-    for batch, patches in encode(model, samples, unusable):  # float16: off by 0.0003
+    for batch, patches in encode(model, samples, unusable):  # moves scores by 0.0003
         features.update(zip(batch, patches.half().cpu()))
     items = [item for item in items if item.image in features]
     print(f"{len(items):,} items with {len(features):,} images")
