@@ -579,6 +579,7 @@ def replace_file(path):
 
 
 def write_json(path, value):
+    """Replace a file by JSON."""
     with replace_file(path) as file:
         file.write(json.dumps(value, indent=1).encode())
 
@@ -800,10 +801,11 @@ def open_split(data_dir, dataset, split):
 
 
 # ---- batches
-ORDER, SAMPLE, TIME, SCORING, EXCHANGE, SUBSET = range(6)  # purposes of random streams
+ORDER, SAMPLE, TIME, SCORING, EXCHANGE, SUBSET = range(6)
 
 
 def random_stream(seed, purpose, number):
+    """Generator of one purpose above."""
     return np.random.default_rng((seed, purpose, number))
 
 

@@ -421,7 +421,7 @@ def open_output(run):
     finally:
         if run.ddp.world > 1:
             dist.broadcast_object_list(found, device=torch.device("cpu"))
-    if found == ["error"]:  # which the first process tells
+    if found == ["error"]:  # told by the first
         sys.exit(2)
     return found[0]
 
@@ -622,7 +622,7 @@ def train_loop(run, wrapped, batches, accumulation):
             print0(f"stopped after step {run.step:,} and saved; the same command continues")
             sys.exit(128 + int(stop))
         since = Counter(step=run.step, start=time.time())
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -682,7 +682,7 @@ def main():
         step=0, started=started)
     checkpoint = open_output(run)
     model = run.model = start_model(run, checkpoint)
-    if ddp.rank == 0:  # all is checked
+    if ddp.rank == 0:
         clear_output(run, checkpoint)
     run.optimizer = make_optimizer(model, args)
     if checkpoint:
