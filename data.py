@@ -8,8 +8,7 @@ Images are resized and captions tokenized once. DATA_DIR/DATASET/SPLIT has
     samples.bin   one RECORD for each image, the held-out ones (0.5 %) last
     meta.json     record, tokenizer, counts
 
-Batches depend on (seed, position in the run) alone: a resumed run needs no saved state.
-Shape letters are model.py's."""
+Batches depend on (seed, position in the run) alone: a resumed run needs no saved state."""
 import argparse
 import contextlib
 import csv
@@ -36,7 +35,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-# PHOTOGRAPHS: other names too. max_tokens includes EOS.
+# Other names use PHOTOGRAPHS. max_tokens counts EOS.
 PHOTOGRAPHS = {"image_size": 224, "tokenizer": "gpt2", "max_tokens": 64}
 DATASETS = {
     "shapes": {"image_size": 48, "tokenizer": "words:100", "max_tokens": 16},
@@ -50,7 +49,7 @@ RECORD = np.dtype([("key", "S48"), ("shard", "<i4"), ("start", "<i8"), ("image_b
 HELD_OUT = 0.005  # share of the images
 UNIT_SAMPLES = 2048  # in a shard; a tar becomes one shard
 MIN_SIDE, MEGAPIXELS, MAX_RATIO = 8, 50, 10  # of images that are read
-SMALL = 64  # photographs stay at least so large; up to this image size PPM, faster than JPEG
+SMALL = 64  # stored photographs have this side or more; up to it as PPM files
 IMAGE_TYPES, TEXT_TYPES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 1 << 25) | dict.fromkeys(TEXT_TYPES, 1 << 20)
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints"}
@@ -58,7 +57,7 @@ JUNK = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints
 
 # ---- errors and options
 class UserError(Exception):
-    """Bad input: one line and status 2."""
+    """Bad input: one line and status 2. Functions that read options or files raise it."""
 
 
 class BadSample(Exception):
@@ -67,9 +66,8 @@ class BadSample(Exception):
 
 def run(main):
     """Call main(). An error that is no bug becomes one line and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names need not be UTF-8
     try:
         main()
         print(end="", flush=True)
@@ -136,7 +134,7 @@ PIECE = rf" ?[^\s{MARKS}]+| ?[{MARKS}]+|\s+"
 
 def load_tokenizer(spec):
     """{"name": "gpt2"} or {"name": "words:N", "pieces": [...]} -> tiktoken.Encoding; its eot_token
-    is EOS. Raises UserError."""
+    is EOS."""
     name = spec["name"]
     if "pieces" in spec:
         pieces = [bytes([byte]) for byte in range(256)]
@@ -204,9 +202,8 @@ def to_rgb(image):
         image = image.point(lambda value: value / 257).convert("L")
         image.info.pop("transparency", None)  # a grey of 16 bits
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.new("RGB", image.size, "white")
-        image.paste(layer, mask=layer)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -252,7 +249,7 @@ def shapes_caption(size, colour, shape, row, column, background):
 
 
 def draw_shapes(seed, pixels):
-    """Seed -> PIL image [pixels,pixels] and caption, untrue with its two colours exchanged."""
+    """Seed -> PIL image [pixels,pixels] and its caption, in which two colours differ."""
     rng = np.random.default_rng(seed)
     size = list(FORM_SIZES)[rng.integers(2)]
     form = FORMS[rng.integers(4)]
@@ -309,13 +306,22 @@ def list_files(path, entered):
 
 
 def group_files(files):
-    """(name, place) pairs -> samples of find_units; place: read_file's (path[, start, size])."""
+    """(name, place) of files -> samples (stem, [(type, place), ...], None), see find_units. A
+    place is the end of read_file's arguments: (path,) or (path, start, size).
+
+    KEY.seg.png beside KEY.jpg is another type of KEY, as in WebDataset, and left out."""
     samples = defaultdict(list)
     for name, place in files:
         stem, kind = split_name(name)
         if kind in MAX_BYTES:
             samples[stem].append((kind, place))
-    return [(stem, places, None) for stem, places in samples.items()]
+
+    def is_part(stem, places):
+        key = re.sub(r"\.[^/]*$", "", stem)
+        kinds = {kind in IMAGE_TYPES for kind, _ in places}
+        return len(kinds) < 2 and key != stem and key in samples
+
+    return [(*sample, None) for sample in samples.items() if not is_part(*sample)]
 
 
 def find_sources(patterns):
@@ -348,8 +354,9 @@ def split_units(source, values):
 
 
 def find_units(dataset, split, source, captions):
-    """Units, one a shard, and a text that changes with the input. Units are ("shapes", seeds),
-    ("tar", path) or ("files", [(stem, [(type, (path,)), ...], captions or None), ...])."""
+    """-> units, one for each shard, and a text that changes with the input. Units are
+    ("shapes", seeds), ("tar", path) or ("files", samples); a sample is (stem,
+    [(type, (path,)), ...], captions), or None for captions that are in its files."""
     if dataset == "shapes":
         first = 0 if split == "train" else 1 << 32
         seeds = range(first, first + SHAPES_SAMPLES[split])
@@ -362,12 +369,12 @@ def find_units(dataset, split, source, captions):
             raise UserError(f"--source {path}: expected a folder, or without --captions a .tar")
         files += list_files(path, entered)
     tars = []
-    packed = [path for path in files if re.search(r"\.(tgz|tar\.\w+)$", path.lower())]
-    if packed and not captions:
-        raise UserError(f"--source: {listed(packed)}: unpack them")
     if captions:
         samples = place_table(read_table(captions, split), files)
     else:
+        packed = [path for path in files if re.search(r"\.(tgz|tar\.\w+)$", path.lower())]
+        if packed:
+            raise UserError(f"--source: {listed(packed)}: unpack them")
         tars = sorted({path for path in files if split_name(path)[1] == "tar"})
         folders = {os.path.dirname(path) for path in files if split_name(path)[1] in IMAGE_TYPES}
         samples = group_files((path, (path,)) for path in files if os.path.dirname(path) in folders)
@@ -413,16 +420,22 @@ def tar_members(file, skipped):
 
 
 # ---- tables of captions
-TABLES = "JSON of COCO or Karpathy, [{image, caption}, ...], or lines `image,caption`"
+TABLES = ("JSON of COCO or Karpathy, [{image, caption}, ...], lines `image,caption`, or .jsonl of "
+          "{file_name, text}")
 
 
 def read_table(path, split):
     """Table of captions -> sorted [(image name, [caption, ...]), ...]"""
     table = defaultdict(list)
     try:
-        text = Path(path).read_text("utf-8-sig")  # with or without byte order mark
-        is_json = text.lstrip()[:1] in ("{", "[")
-        rows = json_rows(json.loads(text), split) if is_json else text_rows(text)
+        text = Path(path).read_text("utf-8-sig")
+        if path.endswith(".jsonl"):  # Hugging Face's image folders
+            lines = map(json.loads, filter(str.strip, text.split("\n")))
+            rows = ((row["file_name"], row["text"]) for row in lines)
+        elif text.lstrip()[:1] in ("{", "["):
+            rows = json_rows(json.loads(text), split)
+        else:
+            rows = text_rows(text)
         for name, captions in rows:
             captions = [captions] if isinstance(captions, str) else captions
             "".join(captions)  # raises unless all are texts
@@ -592,7 +605,7 @@ def lock(folder, wait=False):
     except BlockingIOError:
         raise UserError(f"{folder} is in use by another process: wait, or use another") from None
     except OSError as problem:
-        sys.stderr.write(f"note: {folder} has no lock ({problem.strerror}): use it once\n")
+        sys.stderr.write(f"note: {folder} has no lock ({problem.strerror}): use one program\n")
     return file
 
 
@@ -623,7 +636,7 @@ def write_shard(folder, plan, job):
     done = {"plan": digest(plan), "lengths": lengths, "skipped": +skipped, "bytes": size,
             "records": np.array(records, RECORD).tobytes().hex()}
     write_json(path, done)
-    return path  # a large result would block an orphaned worker
+    return path  # not `done`: sending so much, an orphaned worker would hang
 
 
 def choose_tokenizer(folder, units, name):
@@ -651,14 +664,18 @@ def make_split(folder, units, plan, workers):
         if file.parent != folder and Shards(file.parent).meta["sources"] == plan["sources"]:
             raise UserError(f"--source: expected other images than of {file.parent}")
     plan = plan | {"tokenizer": choose_tokenizer(folder, units, plan["tokenizer"])}
-    (folder / "meta.json").unlink(missing_ok=True)
     lengths, skipped = Counter(), Counter()
+    samples = (sample for unit in units for sample in read_samples(unit, skipped))
+    if not next(samples, None):  # before a finished split is removed
+        raise UserError(f"no captions, skipped: {dict(skipped)}")
+    skipped.clear()
+    (folder / "meta.json").unlink(missing_ok=True)
     sizes = {}
     records = []
     loader = torch.utils.data.DataLoader(  # a pool of write_shard
         list(enumerate(units)), collate_fn=functools.partial(write_shard, folder, plan),
         num_workers=min(workers or os.cpu_count(), len(units)),
-        batch_size=None, generator=torch.Generator())  # spares train.py's seed
+        batch_size=None, generator=torch.Generator())  # the global one draws train.py's weights
     for i, path in enumerate(tqdm(loader, folder.name, unit="shard")):
         done = json.loads(path.read_text())
         lengths.update(done["lengths"])
@@ -683,7 +700,7 @@ def make_split(folder, units, plan, workers):
 def prepare(dataset, split, data_dir="data", source=None, captions=None, image_size=224,
             tokenizer="gpt2", workers=None, fresh=False):
     """Make what is missing of a split -> meta.json. A finished split is compared with its sources
-    if they exist. Raises UserError."""
+    if they exist."""
     folder = Path(data_dir) / dataset / split
     finished = (folder / "meta.json").exists() and not fresh
     plan = {"format": FORMAT, "image_size": image_size, "tokenizer": tokenizer}
@@ -712,7 +729,7 @@ def prepare(dataset, split, data_dir="data", source=None, captions=None, image_s
 
 # ---- reading shards
 class Shards:
-    """Memory-mapped samples of a split. Raises UserError."""
+    """Memory-mapped samples of a split."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -801,11 +818,11 @@ def open_split(data_dir, dataset, split):
 
 
 # ---- batches
-ORDER, SAMPLE, TIME, SCORING, EXCHANGE, SUBSET = range(6)
+ORDER, SAMPLE, TIME, SCORING, SWAP, SUBSET = range(6)  # purposes
 
 
 def random_stream(seed, purpose, number):
-    """Generator of one purpose above."""
+    """Generator of this purpose and number alone."""
     return np.random.default_rng((seed, purpose, number))
 
 
@@ -825,11 +842,9 @@ class Batches(torch.utils.data.Dataset):
         noise   float32 [B,T]      uniform in [0,1)
         u       float64 []         uniform in [0,1), one for the global batch
         strata  float64 [B]        place in the global batch / its size
-        length  int64   [B]        tokens with EOS
 
-    (u + strata) mod 1 is stratified over the global batch. T is a multiple of 8, or max_tokens;
-    longer captions are cut, EOS stays. augment=False: in order, central crop, first caption; the
-    last batch may be smaller."""
+    T is a multiple of 8, or max_tokens; longer captions are cut, EOS stays. augment=False: in
+    order, central crop, first caption; the last batch may be smaller."""
     shards: Shards
     batch_size: int
     image_size: int
@@ -848,21 +863,15 @@ class Batches(torch.utils.data.Dataset):
         size = self.batch_size if self.augment else min(self.batch_size, len(self.shards) - start)
         places = np.arange(micro * self.world + self.rank, size, self.accumulation * self.world)
 
-        B, S = len(places), self.image_size
-        images = np.empty((B, S, S, 3), np.uint8)
-        tokens = np.full((B, self.max_tokens), self.shards.tokenizer.eot_token)
-        noise = np.empty((B, self.max_tokens), np.float32)
-        length = np.empty(B, np.int64)
-        for row, place in enumerate(places):
-            images[row], caption, noise[row] = self.sample(start + place)
-            tokens[row, :len(caption)] = caption
-            length[row] = len(caption)
-
-        T = min(math.ceil(length.max(initial=1) / 8) * 8, self.max_tokens)
+        images, captions, noise = zip(*(self.sample(start + place) for place in places))
+        length = np.array([len(caption) for caption in captions])
+        T = min(math.ceil(length.max() / 8) * 8, self.max_tokens)
         valid = np.arange(T) < length[:, None]
-        batch = {"images": images, "tokens": tokens[:, :T], "valid": valid, "noise": noise[:, :T],
-                 "u": np.array(random_stream(self.seed, TIME, step).random()),
-                 "strata": places / size, "length": length}
+        tokens = np.full(valid.shape, self.shards.tokenizer.eot_token)
+        tokens[valid] = np.concatenate(captions)
+        batch = {"images": np.stack(images), "tokens": tokens, "valid": valid,
+                 "noise": np.stack(noise)[:, :T], "strata": places / size,
+                 "u": np.array(random_stream(self.seed, TIME, step).random())}
         return {name: torch.from_numpy(array).contiguous() for name, array in batch.items()}
 
     def sample(self, number):
@@ -903,8 +912,8 @@ def main():
     name = args.dataset
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"--dataset {name}: expected letters, digits, dots and dashes")
-    if name == "shapes" and (args.source or args.split == "test"):
-        raise UserError("--dataset shapes has no --source and no test split")
+    if name == "shapes" and (args.source or args.captions or args.split == "test"):
+        raise UserError("--dataset shapes has no --source, --captions or test split")
     preset = DATASETS.get(name, PHOTOGRAPHS)
 
     for split in ("train", "val") if name == "shapes" else (args.split,):

@@ -7,9 +7,10 @@ the image, and minimizes the paper's objective
 
     L = E_{t ~ U[t_min, 1]} E_mask [ 1/t * sum_{i masked} -log p(x_i | x_masked, image) ]
 
-A token is masked with probability t and then weighs 1/t: 1 on average, whatever t is. (Other
-schedules weigh -alpha'_t / (1 - alpha_t).) Sampling runs backwards in time: start from masks
-only, fill in the most confident word, repeat.
+A token is masked with probability t and then weighs 1/t: 1 on average, whatever t is. Other
+schedules weigh -alpha'_t / (1 - alpha_t): 1 on average over [0,1], so with t_min > 0 losses of
+two schedules cannot be compared. Sampling runs backwards in time: start from masks only, fill
+in the most confident word, repeat.
 
 The baselines are special cases or neighbours: an image-conditioned BERT has one fixed t,
 parallel decoding is t = 1 (both are `mdc_loss`), an autoregressive captioner is asked for
@@ -31,7 +32,7 @@ def linear(t):
 
 
 def cosine(t):
-    """alpha_t = 1 - cos(pi/2 (1 - t)), MD4's: above 71 % of masks for t > 1/2.
+    """alpha_t = 1 - cos(pi/2 (1 - t)), MD4's: 71 % are masked at t = 1/2, all at 1.
 
     Times t [...] -> masking ratio 1 - alpha_t, weight -alpha'_t / (1 - alpha_t)."""
     angle = math.pi / 2 * (1 - t)
@@ -159,7 +160,7 @@ def log_likelihood(predict, tokens, valid, rule="parallel", noise=None, u=None):
 def visual_gain(scores):
     """How much better captions fit their own images than images in general, in nats -> [B].
 
-    scores [B,M]: log p of a caption, or of its hidden words, beside M images, its own first. The
+    scores [B,M]: log p of a caption, or of its hidden words, given M images, its own first. The
     mean over images (log-mean-exp) stands for p without an image, so the mean gain is a lower
     bound on the mutual information, and at most ln M (InfoNCE, van den Oord et al. 2018)."""
     return scores[:, 0] - scores.logsumexp(dim=1) + math.log(scores.shape[1])
@@ -172,17 +173,13 @@ ORDERS = ("confidence", "random", "ancestral")
 def draw_tokens(logits, temperature=0.0, generator=None):
     """The likeliest token of each row of logits [K,V] (temperature 0), or a draw from
     softmax(logits / temperature) -> tokens [K] and their probabilities [K] at temperature 1,
-    by which LLaDA ranks positions.
-
-    The draw is argmax(logits + temperature * Gumbel noise) in float64: float32 cannot
-    represent the large noise that rare tokens need, which silently lowers the temperature
-    (Zheng et al. 2024)."""
+    by which LLaDA ranks positions."""
     logits = logits.float()
     if temperature > 0:
-        uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator)
-        gumbel = -torch.log(-torch.log(uniform))
-        noisy = logits.cpu() + temperature * gumbel
-        tokens = noisy.argmax(dim=-1).to(logits.device)
+        scaled = logits.double().cpu() / max(temperature, 1e-300)  # finite
+        p = scaled.softmax(dim=-1)
+        drawn = torch.multinomial(p, 1, generator=generator)
+        tokens = drawn.squeeze(1).to(logits.device)
     else:
         tokens = logits.argmax(dim=-1)
     probability = logits.softmax(dim=-1).gather(1, tokens[:, None])
@@ -222,7 +219,7 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
             score = torch.rand(len(drawn), generator=generator).to(score)
         score = score.new_full(mask.shape, -torch.inf).masked_scatter(mask, score)  # [B,T]
         if order == "ancestral":
-            # From t = 1 - (step - 1)/last to s = t - 1/last: (t - s)/t.
+            # Masking ratio t = 1 - (step - 1)/last, then s = t - 1/last: (t - s)/t.
             chance = 1 / (last - step + 1)
             reveal = mask & (score < chance)
         else:
@@ -245,18 +242,15 @@ def autoregress(predict, B, length, eos, temperature=0.0, generator=None, device
 
     predict is that of a causal decoder. A caption is EOS from its first EOS on."""
     tokens = torch.full((B, length), eos, device=device)
-    mask = torch.ones(B, length, dtype=torch.bool, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    yield tokens, mask
+    place = torch.arange(length, device=device).expand(B, -1)  # [B,T]
+    yield tokens, place >= 0
     for i in range(length):
-        asked = torch.zeros_like(mask)
-        asked[:, i] = True
-        drawn, _ = draw_tokens(predict(tokens, asked), temperature, generator)
-        tokens = tokens.clone()
-        mask = mask.clone()
-        tokens[:, i] = drawn.masked_fill(ended, eos)
-        mask[:, i] = False
-        ended = ended | (drawn == eos)
-        yield tokens, mask
+        here = place == i
+        drawn, _ = draw_tokens(predict(tokens, here), temperature, generator)
+        drawn = drawn.masked_fill(ended, eos)
+        tokens = tokens.masked_scatter(here, drawn)
+        ended = drawn == eos
+        yield tokens, place > i
         if ended.all():
             break

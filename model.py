@@ -54,17 +54,18 @@ class Config:
 
 
 WORD_STD = 0.7  # of word embeddings at the start
-POSITION_SCALE = 0.3  # of the text's sine-cosine positions, whose standard deviation is 0.7
+POSITION_SCALE = 0.3  # times sines and cosines (root mean square 0.7): positions of the text
 
 
 # ---- building blocks
 def sincos(positions, width):
     """Sine-cosine table of positions [n] -> [n,width] (Vaswani et al. 2017); `width` is even.
 
-    The usual base of 10000 is made for thousands of positions: most of its waves hardly move
-    over 6 to 14 patches. With 100 all of them tell neighbours apart."""
-    exponent = torch.arange(width // 2, dtype=torch.float64) / (width // 2)
-    angle = positions.double()[:, None] * 100.0 ** -exponent  # [n, width/2]
+    The usual base of 10000 is made for thousands of positions: half of its waves turn by less
+    than 0.13 radians over 14 patches. With 100 none does."""
+    positions = positions.double()[:, None]
+    exponent = torch.arange(width // 2).to(positions) / (width // 2)
+    angle = positions * 100.0 ** -exponent  # [n, width/2]
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
@@ -86,8 +87,8 @@ def attend(q, k, v, heads, bias=None):
 
     CUDA uses torch's fused kernels. On a CPU the formula is written out: there the backward
     pass of the fused kernel takes more than half of a training step at a few dozen patches.
-    It is also written out with a bias: only captions, which are short, have one, and flash
-    attention takes none."""
+    It is also written out with a bias, which only short captions have: flash attention takes
+    none."""
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
     if bias is None and q.device.type != "cpu":
         out = F.scaled_dot_product_attention(q, k, v)
@@ -154,8 +155,7 @@ class Block(nn.Module):
 
 # ---- image encoder
 class ViT(nn.Module):
-    """Vision transformer without a class token (Dosovitskiy et al. 2021; no token as in
-    CapPa).
+    """Vision transformer (Dosovitskiy et al. 2021) without a class token, as in CapPa.
 
     Parameter names and shapes are timm's: its "vit_base_patch16_224" with class_token=False,
     global_pool="avg", fc_norm=False, num_classes=0 loads vit.state_dict() as it is.
@@ -197,7 +197,7 @@ class Text(nn.Module):
     def __init__(self, config, cross):
         super().__init__()
         size = SIZES[config.size]
-        self.mask_id = config.vocab_size  # the last input row; there is no such output column
+        self.mask_id = config.vocab_size  # the last row of `embed`
         self.embed = nn.Embedding(config.vocab_size + 1, size.width)
         table = sincos(torch.arange(config.max_tokens), size.width)
         self.positions = nn.Parameter(POSITION_SCALE * table)  # learned from this start
@@ -223,8 +223,7 @@ class TextDecoder(Text):
     def __init__(self, config):
         super().__init__(config, cross=True)
         self.causal = config.objective == "ar"
-        # Tensor cores need multiples of 8: with 50257 columns the head falls back to slow
-        # kernels on a GPU. `forward` cuts the added columns off again.
+        # A GPU multiplies 50257 columns slowly, multiples of 64 fast. `forward` cuts the rest.
         columns = math.ceil(config.vocab_size / 64) * 64
         self.head = nn.Linear(SIZES[config.size].width, columns)
 
@@ -242,8 +241,8 @@ class TextDecoder(Text):
         where   [K] int, flat positions of the masked tokens; training finds them on the CPU,
                 as a GPU would have to be waited for
 
-        An autoregressive decoder gives the same logits from the image and the tokens before
-        each position, whatever the mask."""
+        An autoregressive decoder hides nothing: it predicts the token at each of these places
+        from the image and all earlier tokens."""
         if where is None:
             where = mask.flatten().nonzero()[:, 0]
         if self.causal:
@@ -266,12 +265,11 @@ def init_weights(model):
     """Initialize in place: Xavier for matrices (the fused q, k, v is one), zero for biases and
     for the head (CapPa).
 
-    Words start larger than the positions added to them (WORD_STD): small ones drown, and a
-    contrastive or autoregressive model learns little in a short run."""
+    Words start larger than the positions added to them: small ones drown."""
     for name, parameter in model.named_parameters():
-        if name.endswith("embed.weight"):
+        if name.endswith(".embed.weight"):
             nn.init.normal_(parameter, std=WORD_STD)
-        elif name.endswith(("bias", "head.weight")):
+        elif name.endswith(("bias", ".head.weight")):
             nn.init.zeros_(parameter)
         elif parameter.ndim > 1 and "pos" not in name:
             nn.init.xavier_uniform_(parameter.flatten(1))
@@ -289,7 +287,7 @@ class Captioner(nn.Module):
 
     def encode(self, images):
         """images [B,S,S,3] uint8 -> patch features [B,N,D]."""
-        return self.encoder(images.permute(0, 3, 1, 2).float() / 127.5 - 1)  # to [-1,1]
+        return self.encoder(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
 
     def forward(self, images, tokens, mask, valid, where=None):
         """images [B,S,S,3] uint8 and captions -> logits [K,V]; see TextDecoder.forward."""

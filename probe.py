@@ -32,7 +32,7 @@ from sample import length_terms, load_captioner, score_captions
 
 STRENGTHS = np.logspace(-6, 5, 45)  # scikit-learn's C, the range of DINOv2
 RATES = np.logspace(-3, 1, 9)  # learning rates of fit_minibatch
-EXACT = 8e6  # cost up to which fit_logistic is used: half an hour
+EXACT = 8e6  # images * classes up to which fit_logistic is used: half an hour
 PART = 8192  # images in a file of cached features
 RULES = {
     "mdc": ("monte-carlo", "parallel", "leave-one-out"),
@@ -50,7 +50,7 @@ Item = namedtuple("Item", "image group captions")
 
 # ---- images and features
 def read_archive(path, split):
-    """Yield (label, name, image) of a tar of CLASS/image or CIFAR's archive. Raises UserError."""
+    """Yield (label, name, image) of a tar of CLASS/image or CIFAR's archive."""
     file = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
     skipped = Counter()
     try:
@@ -73,7 +73,7 @@ def read_archive(path, split):
 
 def open_labelled(source, dataset, split):
     """-> key, which changes with the images of the split, and iterator over (label, name, file or
-    PIL image). Raises UserError."""
+    PIL image)."""
     source = Path(source)
     names = ["train"] if split == "train" else ["test", "val"]
     archive = dataset.replace("cifar", "cifar-") + "-binary.tar.gz"
@@ -84,10 +84,12 @@ def open_labelled(source, dataset, split):
     for place in filter(Path.exists, places):
         if not place.is_dir():
             return f"{split} {data.describe(place)}", read_archive(place, split)
-        files = map(Path, data.list_files(place, set()))
+        files = [Path(file) for file in data.list_files(place, set()) if data.not_text(file)]
         images = [(file.relative_to(place).parts[0], file, file) for file in files
-                  if file.parent != place and data.not_text(file)]
+                  if file.parent != place]
         if images:  # ILSVRC's flat test folder has no labels: val is next
+            if len(images) < len(files):
+                print(f"note: {place}: files without a class: {len(files) - len(images)}")
             key = [(label, *data.describe(file)) for label, _, file in images]
             return f"{split} {key}", iter(images)
 
@@ -116,14 +118,12 @@ def encode(model, samples, unusable, batch_size=128):
         try:
             return label, read_square(model.config.image_size, *image)
         except BadSample as reason:
-            return f"{name}: {reason}"
+            unusable.append(f"{name}: {reason}")
 
     samples = iter(tqdm(samples, "images", leave=False))
     with ThreadPoolExecutor() as threads:
         while batch := list(itertools.islice(samples, batch_size)):
-            loaded = list(threads.map(load, batch))
-            unusable += [message for message in loaded if isinstance(message, str)]
-            pairs = [pair for pair in loaded if isinstance(pair, tuple)]
+            pairs = [*filter(None, threads.map(load, batch))]
             if pairs:
                 labels, squares = zip(*pairs)
                 pixels = torch.from_numpy(np.stack(squares)).to(next(model.parameters()).device)
@@ -136,8 +136,10 @@ def compute_features(model, key, images, cache=None):
     digest = hashlib.sha256(f"{model.config} {PART} {key}".encode())
     for weight in model.encoder.parameters():
         digest.update(weight.detach().cpu().numpy())
+    for file in ("model.py", "data.py", "probe.py"):  # other code may compute other features
+        digest.update(Path(__file__).with_name(file).read_bytes())
     parts = []
-    skip = 0  # cached, not yet passed
+    skip = 0  # images of cached parts, still ahead in `images`
     while not parts or len(parts[-1]["labels"] + parts[-1]["unusable"]) == PART:
         path = Path(cache or "", f"{digest.hexdigest()[:32]}-{len(parts):04}.pt")
         if cache and path.exists():
@@ -235,7 +237,7 @@ def figures_of(weights, features, labels):
 
 
 def number_classes(train, test):
-    """Class names [n] of both splits -> their numbers [n]. Raises UserError."""
+    """Class names [n] of both splits -> their numbers [n]."""
     names, labels = np.unique(train, return_inverse=True)
     unknown = sorted(set(test) - set(names))
     if len(names) < 2:
@@ -289,7 +291,7 @@ def swap_items(shards):
     for i in range(len(shards)):
         caption = data.decode_caption(shards.tokenizer, shards.captions(i)[0])
         words = data.SHAPES_CAPTION.fullmatch(caption).groupdict()
-        rng = data.random_stream(i, data.EXCHANGE, 1)
+        rng = data.random_stream(i, data.SWAP, 1)
         exchanged = {"colour": words["background"], "background": words["colour"]}
         for group, changes in (("colours", [exchanged]), ("form", forms), ("place", places)):
             wrong = [words | change for change in changes if words | change != words]
@@ -299,7 +301,7 @@ def swap_items(shards):
 
 
 def read_items(dataset, source, folder):
-    """Annotation file, or folder of them -> Items. Raises UserError."""
+    """Annotation file, or folder of them -> Items."""
     image, group, *fields = ANNOTATIONS[dataset]
     source = Path(source)
     items = []
@@ -319,6 +321,8 @@ def read_items(dataset, source, folder):
                 items.append(Item((os.path.join(folder, row[image]), box), name, captions))
     except Exception as problem:
         raise UserError(f"{file}: not {dataset} after {len(items)} good items: {problem!r}") from None
+    if not items:
+        raise UserError(f"--source {source}: no items")
     return items
 
 
@@ -371,6 +375,8 @@ def report_items(dataset, items, scores, lengths, terms):
     least = 25 if dataset == "aro-attribution" else 1  # ARO's rule
     counts = Counter(names.tolist())
     groups = {name: names == name for name in sorted(counts) if counts[name] >= least}
+    if len(groups) < len(counts):
+        print(f"note: groups with fewer than {least} items: {len(counts) - len(groups)}")
     means = {"mean of groups": list(groups)}
     if dataset == "aro-relation":
         symmetric = (Path(__file__).parent / "assets/aro-symmetric.txt").read_text().splitlines()
@@ -387,7 +393,7 @@ def report_items(dataset, items, scores, lengths, terms):
         real, blind = variants.get("a token", score)[:, :, 0]
         gains = real - blind
         sums = np.bincount(owner, gains - gains.mean())  # clustered by image
-        error = np.sqrt((sums ** 2).sum()) / len(items)
+        error = np.linalg.norm(sums) / len(items)
         record[rule] = {"gain": float(gains.mean()), "gain_se": float(error)}
 
         columns = [name + kind for name in variants for kind in ("", " blind")]
@@ -422,7 +428,8 @@ def main_compositionality(args, model, checkpoint):
     images = dict.fromkeys(item.image for item in items)
     samples = ((image, image[0], open_item(image[0]), image[1]) for image in images)
     features = {}
-    for batch, patches in encode(model, samples, unusable):  # moves scores by 0.0003
+    for batch, patches in encode(model, samples, unusable):
+        # Half the memory in float16, which moves scores by 0.0003.
         features.update(zip(batch, patches.half().cpu()))
     items = [item for item in items if item.image in features]
     print(f"{len(items):,} items with {len(features):,} images")
@@ -494,16 +501,16 @@ def export_encoder(model, path):
     """Write the encoder with the arguments of timm's VisionTransformer."""
     config = model.config
     size = SIZES[config.size]
-    timm = {"img_size": config.image_size, "patch_size": size.patch, "embed_dim": size.width,
-            "depth": size.depth, "num_heads": size.heads, "class_token": False,
-            "global_pool": "avg", "fc_norm": False, "num_classes": 0}
+    timm = dict(img_size=config.image_size, patch_size=size.patch, embed_dim=size.width,
+                depth=size.depth, num_heads=size.heads, class_token=False, global_pool="avg",
+                fc_norm=False, num_classes=0)
+    saved = dict(state_dict=model.encoder.cpu().state_dict(), timm=timm, config=vars(config),
+                 mean=[0.5] * 3, std=[0.5] * 3)
     with data.replace_file(path) as file:
-        torch.save({"state_dict": model.encoder.cpu().state_dict(), "timm": timm,
-                    "config": vars(config), "mean": [0.5] * 3, "std": [0.5] * 3}, file)
+        torch.save(saved, file)
 
 
 def main():
-    """Parse the command line, evaluate, and append one line to probe.jsonl."""
     parser = data.Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="results go to probe.jsonl and features/ beside it")

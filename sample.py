@@ -63,7 +63,7 @@ def caption_images(model, images, length, prompt=None, temperature=0.0, generato
 
     def predict(tokens, mask):
         logits = model.decoder(memory, tokens, mask, valid)
-        if prompt is not None:  # no early end; `watch` sees it too
+        if prompt is not None:  # blanks are words, no end; in place, so `watch` sees it too
             logits[:, eos] = -torch.inf
         return logits
 
@@ -210,7 +210,6 @@ def print_metrics(made, given):
     """Metrics of captions, each with a list of references."""
     made = [*map(split_words, made)]
     given = [[*map(split_words, captions)] for captions in given]
-    print("words: lower case, no punctuation")
     for n, score in enumerate(bleu(made, given), 1):
         print(f"BLEU-{n} {score:.4f}", end="  ")
     rouge = np.mean([*map(rouge_l, made, given)])
@@ -325,39 +324,6 @@ def watch(model, tokenizer, states):
 
 
 # ---- command line
-def parse_args():
-    """Command line -> namespace. Raises UserError."""
-    parser = data.Parser(__doc__)
-    add = parser.add_argument
-    add("images", nargs="*", help="files or folders")
-    add("--ckpt", required=True)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dataset", help="data set, in place of images")
-    add("--split", choices=("train", "val", "test"), default="val")
-    add("--data-dir", default="data")
-    add("--count", type=positive_int, help="only the first COUNT")
-    add("--batch-size", type=positive_int, default=64)
-    add("--steps", type=positive_int, help="default: one per token (best)")
-    add("--order", choices=diffusion.ORDERS, default="confidence")
-    add("--temperature", type=data.non_negative_float, default=0.0, help="default: 0, greedy")
-    add("--seed", type=data.non_negative_int, default=0)
-    add("--length", type=positive_int, help="tokens, end included (default: training median)")
-    add("--prompt", help="words with blanks `___`, one token each")
-    add("--trace", action="store_true", help="print all steps")
-    add("--html", help="page that replays the steps")
-    add("--metrics", action="store_true", help="BLEU, ROUGE-L and CIDEr-D")
-    add("--score", nargs="+", metavar="TEXT", default=[], help="rank captions; in nats")
-    args = parser.parse_args()
-    captioning = args.html or args.metrics or args.prompt is not None or args.trace
-    if (bool(args.images) == bool(args.dataset) or args.metrics and not args.dataset
-            or args.score and captioning):
-        raise UserError("expected images or --dataset NAME (for --metrics), and captions after "
-                        "them: --score (without --html, --prompt, --trace)")
-    if args.html and not (args.html.endswith(".html") and Path(args.html).parent.is_dir()):
-        raise UserError(f"--html {args.html}: expected FOLDER/NAME.html")
-    return args
-
-
 def find_images(args):
     """-> names, and Shards (None: the names are files)."""
     if args.dataset:
@@ -443,35 +409,55 @@ def print_scores(model, checkpoint, names, shards, args):
     if lengths.max() > config.max_tokens:
         raise UserError(f"--score: expected at most {config.max_tokens - 1} tokens")
 
-    scores = {}
+    done = 0
     for [i], image in read_images(names, shards, 1, config.image_size):
         features = model.encode(image.to(args.device)).expand(len(captions), -1, -1)
-        scores[i] = score_captions(model, features, captions, seed=args.seed)
-    if not scores:
-        return 0
-
-    score = torch.stack([*scores.values()])  # [images,captions]
-    ranked = score + length_terms(checkpoint["lengths"], captions, config)
-    if config.objective == "clip":
-        columns = {"cosine": score}
-    elif config.objective == "ar":
-        columns = {"log p": score, "per token": score / lengths}
-    else:  # bounds on log p(caption | image, length) and log p(caption | image)
-        columns = {"bound": score, "+ length": ranked, "per token": score / lengths}
-    if config.objective != "clip" and len(scores) > 1:  # see diffusion.visual_gain
-        columns["visual gain"] = score - score.logsumexp(0) + math.log(len(scores))
-
-    head = "".join(f"{column:>13}" for column in columns)
-    for row, i in enumerate(scores):
+        score = score_captions(model, features, captions, seed=args.seed)
+        ranked = score + length_terms(checkpoint["lengths"], captions, config)
+        if config.objective == "clip":
+            columns = {"cosine": score}
+        elif config.objective == "ar":
+            columns = {"log p": score, "per token": score / lengths}
+        else:  # bounds on log p(caption | image, length) and log p(caption | image)
+            columns = {"bound": score, "+ length": ranked, "per token": score / lengths}
+        head = "".join(f"{column:>13}" for column in columns)
         print(f"{names[i]}\n{head}   caption")
-        for k in ranked[row].argsort(descending=True).tolist():
-            numbers = "".join(f"{values[row, k]:13.3f}" for values in columns.values())
+        for k in ranked.argsort(descending=True).tolist():
+            numbers = "".join(f"{values[k]:13.3f}" for values in columns.values())
             print(f"{numbers}   {args.score[k]}")
-    return len(scores)
+        done += 1
+    return done
 
 
 def main():
-    args = parse_args()
+    parser = data.Parser(__doc__)
+    add = parser.add_argument
+    add("images", nargs="*", help="files or folders")
+    add("--ckpt", required=True)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dataset", help="data set, in place of images")
+    add("--split", choices=("train", "val", "test"), default="val")
+    add("--data-dir", default="data")
+    add("--count", type=positive_int, help="only the first COUNT")
+    add("--batch-size", type=positive_int, default=64)
+    add("--steps", type=positive_int, help="default: one per token (best)")
+    add("--order", choices=diffusion.ORDERS, default="confidence")
+    add("--temperature", type=data.non_negative_float, default=0.0, help="default: 0, greedy")
+    add("--seed", type=data.non_negative_int, default=0)
+    add("--length", type=positive_int, help="tokens, end included (default: training median)")
+    add("--prompt", help="words with blanks `___`, one token each")
+    add("--trace", action="store_true", help="print all steps")
+    add("--html", help="page that replays the steps")
+    add("--metrics", action="store_true", help="BLEU, ROUGE-L and CIDEr-D, in lower case")
+    add("--score", nargs="+", metavar="TEXT", default=[], help="rank captions; in nats")
+    args = parser.parse_args()
+    captioning = args.html or args.metrics or args.prompt is not None or args.trace
+    if (bool(args.images) == bool(args.dataset) or args.metrics and not args.dataset
+            or args.score and captioning):
+        raise UserError("expected images or --dataset NAME (for --metrics), and captions after "
+                        "them: --score (without --html, --prompt, --trace)")
+    if args.html and not (args.html.endswith(".html") and Path(args.html).parent.is_dir()):
+        raise UserError(f"--html {args.html}: expected FOLDER/NAME.html")
     names, shards = find_images(args)
     model, checkpoint = load_captioner(args.ckpt, args.device)
     act = print_scores if args.score else write_captions

@@ -112,7 +112,7 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """Command line -> namespace, completed by the preset. Raises UserError."""
+    """Command line -> namespace, completed by the preset."""
     parser = make_parser()
     args = parser.parse_args(argv)
     shards = DATASETS.get(args.dataset, data.PHOTOGRAPHS | {"image_size": None})
@@ -138,6 +138,8 @@ def parse_args(argv=None):
     args.times = fixed.get(args.objective, (args.t_min, args.t_max))
     args.fresh &= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # once
     args.out = args.out or f"out/{name}{'-init' if args.init else ''}"
+    if args.init and Path(args.init).resolve().parent == Path(args.out).resolve():
+        raise UserError(f"--init {args.init} is in --out {args.out}: use another --out, to keep it")
     return args
 
 
@@ -151,7 +153,7 @@ class Processes(NamedTuple):
 
 
 def find_processes():
-    """Environment of torchrun -> Processes. Raises UserError."""
+    """Environment of torchrun -> Processes."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     values = [os.environ.get(name, "") for name in names]
     if not any(values[:2]):
@@ -173,7 +175,7 @@ def connect(cuda):
 
 
 def find_device(args, local_rank):
-    """-> device, name; completes --dtype, --compile and --workers. Raises UserError."""
+    """-> device, name; completes --dtype, --compile and --workers."""
     cuda = args.device == "cuda"
     device = torch.device(args.device, local_rank if cuda else None)
     name = f"{torch.get_num_threads()} CPU threads"
@@ -233,7 +235,8 @@ def split_batch(batch_size, world, micro_batch, contrastive=False):
 
 
 def add_masks(batch, objective, times, schedule):
-    """Add t [B], mask [B,T] and the flat masked positions, where [K], to a batch on the CPU."""
+    """Add t [B], mask [B,T] and the flat masked positions, where [K], to a batch on the CPU, in
+    training and validation."""
     batch["mask"] = batch["valid"]
     if objective not in ("ar", "clip"):
         t = diffusion.stratified_times(batch["u"], batch["strata"], *times)
@@ -264,7 +267,7 @@ def step_loss(model, batch, objective, schedule, scale, ddp):
 
 # ---- validation
 def evaluate_captioner(model, batches, schedule, world):
-    """Score captions beside their own and EXCHANGES wrong images, with fixed masks:
+    """Score captions given their own image, then EXCHANGES wrong ones, with fixed masks:
 
     val_loss      nats per token
     wrong_image   its cost in nats per token; _se: standard errors
@@ -285,7 +288,7 @@ def evaluate_captioner(model, batches, schedule, world):
             memory = model.decoder.read(features.roll(shift, 0))
             logits = model.decoder(memory, tokens, batch["mask"], batch["valid"], where)
             nll[where // T, shift, where % T] = diffusion.cross_entropy(logits, targets)
-        row = (nll, weight, ratio, batch["mask"].sum(1), batch["length"])
+        row = (nll, weight, ratio, batch["mask"].sum(1), batch["valid"].sum(1))
         rows.append([value.cpu().double() for value in row])
     nll, weight, ratio, masked, length = gather(rows, world)
 
@@ -294,7 +297,7 @@ def evaluate_captioner(model, batches, schedule, world):
     wrong_image = cost.sum() / length.sum()
     error = (cost.sum(1) - wrong_image * length).norm() / length.sum()  # delta method
     gain = diffusion.visual_gain(-nll.sum(2))  # [n]; unweighted: a log p
-    tenth = (ratio * 10 + 1e-6).long().clamp(max=9)  # float32's 0.7 is less
+    tenth = (ratio * 10 + 1e-6).long().clamp(max=9)  # 0.7 was rounded down in float32
     by_ratio = tenth.bincount(nll[:, 0].sum(1), 10) / tenth.bincount(masked, 10)
     by_position = [cost[length > i, i] for i in range(int(length.max()))]
     return dict(
@@ -321,7 +324,7 @@ def evaluate_clip(model, batches, world):
 
 # ---- checkpoints
 def save_checkpoint(path, checkpoint):
-    """Write ckpt.pt; the one before becomes ckpt-previous.pt, so one is always whole."""
+    """Write ckpt.pt; the one before becomes ckpt-previous.pt, in case this one breaks later."""
     try:
         with data.replace_file(path) as file:
             torch.save(checkpoint, file)
@@ -332,31 +335,27 @@ def save_checkpoint(path, checkpoint):
 
 
 def find_checkpoint(args):
-    """The checkpoint to continue or None. Raises UserError."""
-    paths = [Path(args.out, name) for name in ("ckpt.pt", "ckpt-previous.pt")]
-    paths = [path for path in paths if path.exists() and not args.fresh]
+    """The checkpoint to continue or None."""
+    path, previous = (Path(args.out, name) for name in ("ckpt.pt", "ckpt-previous.pt"))
+    if args.fresh or not (path.exists() or previous.exists()):
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        was = checkpoint["options"]
+    except Exception as problem:  # a file cut short can break in any way
+        raise UserError(f"{path} cannot be read ({type(problem).__name__}): type mv {previous} "
+                        f"{path}, or use --fresh") from None
     now = vars(args)
-    for path in paths:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            was = checkpoint["options"]
-        except Exception as problem:  # a file cut short can break in any way
-            print0(f"{path} cannot be read ({type(problem).__name__})")
-            continue
-        changed = [f"{name} was {was.get(name)}, now {now[name]}"
-                   for name in now if name not in MAY_CHANGE and was.get(name) != now[name]]
-        if changed:
-            raise UserError(f"{path} is another run ({'; '.join(changed)}): use --fresh or --out")
-        print0(f"continuing {path} at step {checkpoint['step']:,} of {args.steps:,}")
-        # A broken ckpt.pt must not become ckpt-previous.pt.
-        os.replace(path, path.with_name("ckpt.pt"))
-        return checkpoint
-    if paths:
-        raise UserError(f"no checkpoint in {args.out} can be read: use --fresh")
+    changed = [f"{name} was {was.get(name)}, now {now[name]}"
+               for name in now if name not in MAY_CHANGE and was.get(name) != now[name]]
+    if changed:
+        raise UserError(f"{path} is another run ({'; '.join(changed)}): use --fresh or --out")
+    print0(f"continuing {path} at step {checkpoint['step']:,} of {args.steps:,}")
+    return checkpoint
 
 
 def start_from(path, model, tokenizer):
-    """Load the weights of another run (--init). Raises UserError if it differs."""
+    """Load the weights of another run (--init)."""
     start, checkpoint = sample.load_captioner(path)
     if checkpoint["tokenizer"] != tokenizer or start.config != model.config:
         raise UserError(f"--init {path} is a {start.config}, tokenizer "
@@ -374,7 +373,7 @@ def log(run, record):
 
 
 def save(run):
-    """Write OUT/ckpt.pt. Raises UserError."""
+    """Write OUT/ckpt.pt."""
     if run.ddp.rank == 0:
         save_checkpoint(run.out / "ckpt.pt", dict(
             model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), step=run.step,
@@ -385,7 +384,7 @@ def save(run):
 
 def open_data(args):
     """Training and validation shards; completes --image-size, --tokenizer and the checksum
-    `shards`. Raises UserError."""
+    `shards`."""
     folder = Path(args.data_dir, args.dataset)
     for split in ("train", "val") if args.dataset == "shapes" else ():
         if not (folder / split / "meta.json").exists():
@@ -393,7 +392,8 @@ def open_data(args):
                          tokenizer=args.tokenizer or DATASETS["shapes"]["tokenizer"])
     train = open_split(args.data_dir, args.dataset, "train")
     val = open_split(args.data_dir, args.dataset, "val")
-    args.shards = f"{len(train)} of {train.digest[:8]}"  # more once val exists
+    # A val split made later adds the images held out until then to len(train).
+    args.shards = f"{len(train)} of {train.digest[:8]}"
     pixels = min(train.meta["image_size"], val.meta["image_size"])
     args.image_size = args.image_size or pixels
     names = [split.meta["tokenizer"]["name"] for split in (train, val)]
@@ -411,7 +411,7 @@ def open_data(args):
 
 
 def open_output(run):
-    """Reserve OUT -> the checkpoint to continue or None. Raises UserError."""
+    """Reserve OUT -> the checkpoint to continue or None."""
     found = ["error"]
     try:
         if run.ddp.rank == 0:
@@ -454,8 +454,7 @@ def start_model(run, checkpoint):
         # Start at the word frequencies, which take many steps to learn.
         captions = [ids for i in range(min(len(train), 10_000)) for ids in train.captions(i)]
         counts = 0.1 + np.bincount(np.concatenate(captions), minlength=config.vocab_size)
-        frequencies = torch.from_numpy(counts / counts.sum())
-        model.decoder.head.bias.data[:config.vocab_size] = frequencies.log()
+        model.decoder.head.bias.data[:config.vocab_size] = torch.from_numpy(counts).log()
     return model.to(run.device)
 
 
@@ -476,9 +475,9 @@ def compile_blocks(model):
 
 
 def init_worker(_):
-    """Ctrl-C and `timeout` signal a whole process group; loaders live on to the checkpoint."""
+    """Leave the process group: Ctrl-C and `timeout` signal it, and train.py still needs batches."""
     os.setpgid(0, 0)
-    # A batch without room in /dev/shm would be waited for without end.
+    # End if a batch does not fit into /dev/shm: train.py would wait for it for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 

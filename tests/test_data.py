@@ -135,6 +135,19 @@ def test_a_second_image_of_a_sample_is_counted(tmp_path):
     assert meta["samples"] == 4 and meta["skipped"] == {"file of the same name": 1}
 
 
+def test_longer_extensions_are_other_types_of_the_same_sample(tmp_path):
+    """DataCompDR has KEY.syn.json and KEY.paug.json, others KEY.seg.png; photo.v2.jpg with its text is a photograph."""
+    extras = [("syn.json", b'{"caption": "made"}'), ("paug.json", b"{}"), ("seg.png", jpeg(colour="blue")), ("npz", b"x")]
+    members = []
+    for i in range(3):
+        members += good(3)[2 * i:2 * i + 2] + [(f"{i:05d}.{kind}", content) for kind, content in extras]
+    files = members + [("photo.v2.jpg", jpeg()), ("photo.v2.txt", b"another"), ("photo.jpg", jpeg()), ("a.b.jpg", jpeg())]
+    for source in (make_tar(tmp_path / "a.tar", files), make_folder(tmp_path / "a", files)):
+        meta = build(tmp_path, source, fresh=True)
+        assert keys(Shards(tmp_path / "set/train")) == ["00000", "00001", "00002", "photo.v2"]
+        assert meta["skipped"] == {"no caption": 2}, "photo and a.b"
+
+
 def test_tars_joined_with_cat_are_read_to_the_last(tmp_path):
     parts = [make_tar(tmp_path / f"{i}.part", good(5, 5 * i)).read_bytes() for i in range(3)]
     (tmp_path / "a.tar").write_bytes(b"".join(parts))
@@ -177,11 +190,13 @@ def test_all_layouts_give_the_same_samples(tmp_path):
             }
         )
     )
+    lines = [json.dumps({"file_name": f"{i}.jpg", "text": c}) + "\r\n" for i, c in rows]
+    (tmp_path / "metadata.jsonl").write_text("\ufeff" + "".join(lines) + "\n")
     build(tmp_path / "tar", make_tar(tmp_path / "a.tar", members))
     expected = (tmp_path / "tar/set/train/00000.shard").read_bytes()
     build(tmp_path / "folder", files.parent)
     assert (tmp_path / "folder/set/train/00000.shard").read_bytes() == expected
-    for table in ("captions.txt", "flickr.token.txt", "captions_val.json"):
+    for table in ("captions.txt", "flickr.token.txt", "captions_val.json", "metadata.jsonl"):
         build(tmp_path / table[:8], photos, captions=str(tmp_path / table), fresh=True)
         assert (tmp_path / table[:8] / "set/train/00000.shard").read_bytes() == expected
     shards = Shards(tmp_path / "tar/set/train")
@@ -434,7 +449,7 @@ def test_batches_do_not_depend_on_processes_or_accumulation(shapes):
         ]
         places = (torch.cat([part["strata"] for part in parts]) * 12).round().long()
         assert sorted(places.tolist()) == list(range(12))
-        for name in ("images", "tokens", "valid", "noise", "length"):
+        for name in ("images", "tokens", "valid", "noise"):
             assert torch.equal(torch.cat([part[name] for part in parts]), whole[name][places])
         assert all(part["u"] == whole["u"] for part in parts)
 
@@ -442,7 +457,7 @@ def test_batches_do_not_depend_on_processes_or_accumulation(shapes):
 def test_items_have_the_documented_types(shapes):
     batch = Batches(open_split(shapes, "shapes", "train"), 12, 8, 32, 3)[0]
     T = batch["tokens"].shape[1]
-    assert T % 8 == 0 and T - 8 < batch["length"].max() <= T
+    assert T % 8 == 0 and T - 8 < batch["valid"].sum(1).max() <= T
     types = {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()}
     assert types == {
         "images": (torch.uint8, (12, 8, 8, 3)),
@@ -451,9 +466,9 @@ def test_items_have_the_documented_types(shapes):
         "noise": (torch.float32, (12, T)),
         "u": (torch.float64, ()),
         "strata": (torch.float64, (12,)),
-        "length": (torch.int64, (12,)),
     }
-    assert torch.equal(batch["valid"].sum(1), batch["length"])
+    assert (batch["valid"].int().diff(dim=1) <= 0).all(), "pads come last"
+    assert ((batch["tokens"] != open_split(shapes, "shapes", "train").tokenizer.eot_token).sum(1) + 1 == batch["valid"].sum(1)).all()
 
 
 def test_a_short_last_validation_batch_is_stratified_too(shapes):
@@ -821,6 +836,15 @@ def test_most_samples_must_be_usable(tmp_path):
     assert not (tmp_path / "set/train/meta.json").exists()
     make_tar(source, good(5) + without)
     assert build(tmp_path, source)["skipped"] == {"no caption": 5}
+
+
+def test_sources_without_captions_do_not_remove_a_finished_split(tmp_path):
+    build(tmp_path, make_tar(tmp_path / "a.tar", good(4)))
+    before = everything(tmp_path / "set/train")
+    source = make_tar(tmp_path / "b.tar", [(f"{i:05d}.jpg", jpeg()) for i in range(5)])
+    with pytest.raises(UserError, match="no captions, skipped: .*'no caption': 5"):
+        build(tmp_path, source, fresh=True)
+    assert everything(tmp_path / "set/train") == before and len(Shards(tmp_path / "set/train")) == 4
 
 
 def test_junk_of_operating_systems_is_ignored_in_tars_and_folders(tmp_path):

@@ -210,6 +210,15 @@ def test_tar_and_folder_are_the_same_and_a_bad_image_is_named(pets):
     assert probe.open_labelled(pets, "set", "test")[0] != before, "another class"
 
 
+def test_images_beside_the_class_folders_are_counted(pets, capsys):
+    probe.open_labelled(pets, "set", "test")
+    assert capsys.readouterr().out == ""
+    for name in ("loose.png", "another.png", "list.txt"):
+        (pets / "test" / name).write_bytes(png(1, 2, 3))
+    labels = [label for label, *_ in probe.open_labelled(pets, "set", "test")[1]]
+    assert labels == ["cat", "cat", "dog", "dog"] and "/test: files without a class: 2" in capsys.readouterr().out
+
+
 def test_folders_as_people_have_them(pets, tmp_path):
     """A flat test folder beside val/CLASS (ILSVRC), images in folders of their own (Tiny ImageNet), links, junk."""
     (pets / "test").rename(pets / "val")
@@ -533,9 +542,10 @@ def test_ties_lose_and_means_are_macro():
     assert len(symmetric) == 157 and {"near", "by", "around"} < set(symmetric) and "on" not in symmetric
 
 
-def test_attribute_pairs_count_from_25_cases_on():
+def test_attribute_pairs_count_from_25_cases_on(capsys):
     record = report("aro-attribution", ["red_old"] * 25 + ["wet_new"] * 24, [[-1, -2]] * 25 + [[-2, -1]] * 24)
     assert record["mean of groups"]["sum"] == 100 and "wet_new" not in record
+    assert "fewer than 25 items: 1" in capsys.readouterr().out
 
 
 def test_an_image_counts_once_in_the_standard_error():

@@ -113,8 +113,10 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(finished, shapes, tmp_p
     options = words(shapes, out, save_every=2)
     script(*options, launch=("-c", KILLED), expect=9)
     (out / "ckpt.pt").write_bytes(b"cut short while it was written")
-    said = script("train.py", *options).stdout
-    assert "cannot be read" in said and "at step 2" in said
+    said = script("train.py", *options, expect=2).stderr
+    assert f"type mv {out}/ckpt-previous.pt {out}/ckpt.pt, or" in said and said.count("\n") == 1
+    (out / "ckpt-previous.pt").rename(out / "ckpt.pt")
+    assert "at step 2" in script("train.py", *options).stdout
     assert same_weights(finished[0], out) and losses(out) == losses(finished[0])
 
 
@@ -310,18 +312,24 @@ def test_a_crash_while_saving_keeps_a_whole_checkpoint(moment, tmp_path, monkeyp
     left = {file.name: torch.load(file)["step"] for file in tmp_path.glob("*.pt")}
     assert left == ({"ckpt.pt": 2, "ckpt-previous.pt": 1} if moment == "save" else {"ckpt-previous.pt": 2})
     monkeypatch.undo()
-    found = train.find_checkpoint(SimpleNamespace(out=tmp_path, fresh=False, steps=3))
-    assert found["step"] == 2
+    options = SimpleNamespace(out=tmp_path, fresh=False, steps=3)
+    if moment == "rename":
+        with pytest.raises(UserError, match="FileNotFoundError.*type mv"):
+            train.find_checkpoint(options)
+        (tmp_path / "ckpt-previous.pt").rename(path)
+    assert train.find_checkpoint(options)["step"] == 2
 
 
 def test_a_broken_checkpoint_never_replaces_the_good_one(tmp_path):
-    path = tmp_path / "ckpt.pt"
+    path, options = tmp_path / "ckpt.pt", SimpleNamespace(out=tmp_path, fresh=False, steps=3)
     for step in (1, 2):
         train.save_checkpoint(path, {"step": step, "options": {"steps": 3}})
     path.write_bytes(b"cut")
-    assert train.find_checkpoint(SimpleNamespace(out=tmp_path, fresh=False, steps=3))["step"] == 1
-    train.save_checkpoint(path, {"step": 3})
-    assert torch.load(path)["step"] == 3 and torch.load(tmp_path / "ckpt-previous.pt")["step"] == 1
+    with pytest.raises(UserError, match="cannot be read .*type mv"):
+        train.find_checkpoint(options)
+    assert torch.load(tmp_path / "ckpt-previous.pt")["step"] == 1
+    (tmp_path / "ckpt-previous.pt").rename(path)
+    assert train.find_checkpoint(options)["step"] == 1
 
 
 # ---- learning
@@ -453,7 +461,6 @@ def known_batches(count, size, objective="mdc"):
             "noise": torch.rand(size, 8, generator=torch.Generator().manual_seed(number)),
             "u": torch.tensor(0.3, dtype=torch.float64),
             "strata": torch.arange(size, dtype=torch.float64) / size,
-            "length": length,
         }
         yield train.add_masks(batch, objective, (0.5, 1.0), "linear")
 
@@ -477,7 +484,7 @@ def test_validation_figures_are_those_of_a_model_of_which_they_are_known():
     figures = train.evaluate_captioner(Known(0.1, 1.0, 60), batches, "linear", world=1)
     assert figures["val_loss"] == pytest.approx(0.1, abs=1e-5)
     assert figures["wrong_image"] == pytest.approx(0.9, abs=1e-5) and figures["wrong_image_se"] < 1e-6
-    length = torch.cat([batch["length"] for batch in batches]).double()
+    length = torch.cat([batch["valid"].sum(1) for batch in batches]).double()
     others = train.EXCHANGES
     gain = -0.1 * length - torch.log((torch.exp(-0.1 * length) + others * torch.exp(-length)) / (others + 1))
     assert figures["visual_gain"] == pytest.approx(gain.mean().item(), abs=1e-5)
@@ -491,7 +498,7 @@ def test_validation_of_masked_tokens_is_the_training_objective():
     batches = list(known_batches(2, 20))
     figures = train.evaluate_captioner(Known(0.1, 1.0, 60), batches, "linear", world=1)
     weight = sum((batch["mask"] / batch["t"][:, None]).sum().item() for batch in batches)
-    tokens = sum(batch["length"].sum().item() for batch in batches)
+    tokens = sum(batch["valid"].sum().item() for batch in batches)
     assert figures["val_loss"] == pytest.approx(0.1 * weight / tokens, rel=1e-4)
     assert figures["wrong_image"] == pytest.approx(0.9 * weight / tokens, rel=1e-4)
     assert figures["by_ratio"][:5] == [None] * 5
@@ -572,6 +579,15 @@ def test_fine_tuning_has_its_own_preset_and_explicit_options_win():
         assert args.crop_scale == {"shapes": 1.0}.get(dataset, 0.8), "captions of shapes name places: no crops"
     args = train.parse_args([*init, "--lr", "0.001", "--steps", "7", "--crop-scale", "1", "--warmup", "0"])
     assert (args.lr, args.steps, args.epochs, args.crop_scale, args.warmup) == (1e-3, 7, None, 1.0, 0)
+
+
+@pytest.mark.parametrize("out", [".", "../run", ""])
+def test_fine_tuning_does_not_replace_its_own_start(tmp_path, out):
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(UserError, match="is in --out .*: use another --out"):
+        train.parse_args(["--init", str(run / "ckpt.pt"), "--out", str(run / out), "--fresh"])
+    train.parse_args(["--init", str(run / "ckpt.pt"), "--out", str(run / "more")])
 
 
 # ---- options
@@ -748,7 +764,8 @@ MISTAKES = [
     ("data.py --dataset x --source nowhere/*.tar --data-dir DIR", "nowhere/*.tar"),
     ("data.py --dataset x --data-dir DIR", "--source"),
     ("data.py --dataset shapes --source assets --data-dir DIR", "shapes has no --source"),
-    ("data.py --dataset shapes --split test --data-dir DIR", "no test split"),
+    ("data.py --dataset shapes --split test --data-dir DIR", "no --source, --captions or test split"),
+    ("data.py --dataset shapes --captions nope.csv --data-dir DIR", "no --source, --captions or test split"),
     ("sample.py --ckpt nowhere.pt --dataset shapes --metrics --score dog", "(for --metrics), and captions after"),
     ("data.py --dataset x y --source assets --data-dir DIR", "unrecognized arguments: y"),
     ("data.py --dataset x --source assets --tokenizer words:many --data-dir DIR", "words:many"),
