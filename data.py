@@ -67,7 +67,7 @@ class BadSample(Exception):
 def run(main):
     """Call main(). An error that is no bug becomes one line and exit status 2."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8
     try:
         main()
         print(end="", flush=True)

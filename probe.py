@@ -136,7 +136,7 @@ def compute_features(model, key, images, cache=None):
     digest = hashlib.sha256(f"{model.config} {PART} {key}".encode())
     for weight in model.encoder.parameters():
         digest.update(weight.detach().cpu().numpy())
-    for file in ("model.py", "data.py", "probe.py"):  # other code may compute other features
+    for file in ("model.py", "data.py", "probe.py"):  # code changes features
         digest.update(Path(__file__).with_name(file).read_bytes())
     parts = []
     skip = 0  # images of cached parts, still ahead in `images`

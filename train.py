@@ -324,7 +324,7 @@ def evaluate_clip(model, batches, world):
 
 # ---- checkpoints
 def save_checkpoint(path, checkpoint):
-    """Write ckpt.pt; the one before becomes ckpt-previous.pt, in case this one breaks later."""
+    """Write ckpt.pt; the one before becomes ckpt-previous.pt."""
     try:
         with data.replace_file(path) as file:
             torch.save(checkpoint, file)
@@ -337,12 +337,14 @@ def save_checkpoint(path, checkpoint):
 def find_checkpoint(args):
     """The checkpoint to continue or None."""
     path, previous = (Path(args.out, name) for name in ("ckpt.pt", "ckpt-previous.pt"))
-    if args.fresh or not (path.exists() or previous.exists()):
+    if previous.exists() and not path.exists():  # killed while it saved
+        os.replace(previous, path)
+    if args.fresh or not path.exists():
         return None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         was = checkpoint["options"]
-    except Exception as problem:  # a file cut short can break in any way
+    except Exception as problem:  # damage can raise anything
         raise UserError(f"{path} cannot be read ({type(problem).__name__}): type mv {previous} "
                         f"{path}, or use --fresh") from None
     now = vars(args)
