@@ -53,8 +53,8 @@ class Config:
     objective: str = "mdc"  # "ar": causal decoder; "clip": Contrastive; "mdc": all others
 
 
-WORD_STD = 0.7  # of word embeddings at the start
-POSITION_SCALE = 0.3  # times sines and cosines (root mean square 0.7): positions of the text
+WORD_STD = 0.02  # of word embeddings at the start, as in GPT-2 and CLIP
+POSITION_SCALE = 0.03  # times sines and cosines (root mean square 0.7): as large as words
 
 
 # ---- building blocks
@@ -265,7 +265,7 @@ def init_weights(model):
     """Initialize in place: Xavier for matrices (the fused q, k, v is one), zero for biases and
     for the head (CapPa).
 
-    Words start larger than the positions added to them: small ones drown."""
+    Words start as large as the positions added to them: smaller ones would drown."""
     for name, parameter in model.named_parameters():
         if name.endswith(".embed.weight"):
             nn.init.normal_(parameter, std=WORD_STD)
