@@ -818,11 +818,11 @@ def open_split(data_dir, dataset, split):
 
 
 # ---- batches
-ORDER, SAMPLE, TIME, SCORING, SWAP, SUBSET = range(6)  # purposes
+ORDER, SAMPLE, TIME, SCORING, SWAP, SUBSET = range(6)
 
 
 def random_stream(seed, purpose, number):
-    """Generator of this purpose and number alone."""
+    """Generator of a purpose above and a number alone."""
     return np.random.default_rng((seed, purpose, number))
 
 

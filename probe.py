@@ -118,12 +118,14 @@ def encode(model, samples, unusable, batch_size=128):
         try:
             return label, read_square(model.config.image_size, *image)
         except BadSample as reason:
-            unusable.append(f"{name}: {reason}")
+            return f"{name}: {reason}"
 
     samples = iter(tqdm(samples, "images", leave=False))
     with ThreadPoolExecutor() as threads:
         while batch := list(itertools.islice(samples, batch_size)):
-            pairs = [*filter(None, threads.map(load, batch))]
+            loaded = list(threads.map(load, batch))
+            unusable += [message for message in loaded if isinstance(message, str)]
+            pairs = [pair for pair in loaded if isinstance(pair, tuple)]
             if pairs:
                 labels, squares = zip(*pairs)
                 pixels = torch.from_numpy(np.stack(squares)).to(next(model.parameters()).device)
@@ -139,7 +141,7 @@ def compute_features(model, key, images, cache=None):
     for file in ("model.py", "data.py", "probe.py"):  # code changes features
         digest.update(Path(__file__).with_name(file).read_bytes())
     parts = []
-    skip = 0  # images of cached parts, still ahead in `images`
+    skip = 0  # cached images, still ahead in `images`
     while not parts or len(parts[-1]["labels"] + parts[-1]["unusable"]) == PART:
         path = Path(cache or "", f"{digest.hexdigest()[:32]}-{len(parts):04}.pt")
         if cache and path.exists():
@@ -429,7 +431,7 @@ def main_compositionality(args, model, checkpoint):
     samples = ((image, image[0], open_item(image[0]), image[1]) for image in images)
     features = {}
     for batch, patches in encode(model, samples, unusable):
-        # Half the memory in float16, which moves scores by 0.0003.
+        # float16: scores move by 0.0003
         features.update(zip(batch, patches.half().cpu()))
     items = [item for item in items if item.image in features]
     print(f"{len(items):,} items with {len(features):,} images")

@@ -235,8 +235,7 @@ def split_batch(batch_size, world, micro_batch, contrastive=False):
 
 
 def add_masks(batch, objective, times, schedule):
-    """Add t [B], mask [B,T] and the flat masked positions, where [K], to a batch on the CPU, in
-    training and validation."""
+    """Add t [B], mask [B,T] and the flat masked positions, where [K], to a batch on the CPU."""
     batch["mask"] = batch["valid"]
     if objective not in ("ar", "clip"):
         t = diffusion.stratified_times(batch["u"], batch["strata"], *times)
@@ -394,8 +393,7 @@ def open_data(args):
                          tokenizer=args.tokenizer or DATASETS["shapes"]["tokenizer"])
     train = open_split(args.data_dir, args.dataset, "train")
     val = open_split(args.data_dir, args.dataset, "val")
-    # A val split made later adds the images held out until then to len(train).
-    args.shards = f"{len(train)} of {train.digest[:8]}"
+    args.shards = f"{len(train)} of {train.digest[:8]}"  # len grows once val is made
     pixels = min(train.meta["image_size"], val.meta["image_size"])
     args.image_size = args.image_size or pixels
     names = [split.meta["tokenizer"]["name"] for split in (train, val)]
@@ -479,7 +477,7 @@ def compile_blocks(model):
 def init_worker(_):
     """Leave the process group: Ctrl-C and `timeout` signal it, and train.py still needs batches."""
     os.setpgid(0, 0)
-    # End if a batch does not fit into /dev/shm: train.py would wait for it for ever.
+    # End if a batch does not fit into /dev/shm: train.py would wait for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
