@@ -49,7 +49,7 @@ RECORD = np.dtype([("key", "S48"), ("shard", "<i4"), ("start", "<i8"), ("image_b
 HELD_OUT = 0.005  # share of the images
 UNIT_SAMPLES = 2048  # in a shard; a tar becomes one shard
 MIN_SIDE, MEGAPIXELS, MAX_RATIO = 8, 50, 10  # of images that are read
-SMALL = 64  # stored photographs have this side or more; up to it as PPM files
+SMALL = 64  # least side of stored photographs; sets up to it are PPM files
 IMAGE_TYPES, TEXT_TYPES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 1 << 25) | dict.fromkeys(TEXT_TYPES, 1 << 20)
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints"}
@@ -822,7 +822,7 @@ ORDER, SAMPLE, TIME, SCORING, SWAP, SUBSET = range(6)
 
 
 def random_stream(seed, purpose, number):
-    """Generator of a purpose above and a number alone."""
+    """Generator of a purpose above and a number."""
     return np.random.default_rng((seed, purpose, number))
 
 

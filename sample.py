@@ -63,7 +63,7 @@ def caption_images(model, images, length, prompt=None, temperature=0.0, generato
 
     def predict(tokens, mask):
         logits = model.decoder(memory, tokens, mask, valid)
-        if prompt is not None:  # blanks are words, no end; in place, so `watch` sees it too
+        if prompt is not None:  # a blank is never the end; in place, so `watch` sees it too
             logits[:, eos] = -torch.inf
         return logits
 

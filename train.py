@@ -336,7 +336,7 @@ def save_checkpoint(path, checkpoint):
 def find_checkpoint(args):
     """The checkpoint to continue or None."""
     path, previous = (Path(args.out, name) for name in ("ckpt.pt", "ckpt-previous.pt"))
-    if previous.exists() and not path.exists():  # killed while it saved
+    if previous.exists() and not path.exists():  # killed in saving
         os.replace(previous, path)
     if args.fresh or not path.exists():
         return None
@@ -345,7 +345,7 @@ def find_checkpoint(args):
         was = checkpoint["options"]
     except Exception as problem:  # damage can raise anything
         raise UserError(f"{path} cannot be read ({type(problem).__name__}): type mv {previous} "
-                        f"{path}, or use --fresh") from None
+                        f"{path} if it exists, or use --fresh") from None
     now = vars(args)
     changed = [f"{name} was {was.get(name)}, now {now[name]}"
                for name in now if name not in MAY_CHANGE and was.get(name) != now[name]]
