@@ -83,7 +83,7 @@ def run(main):
             message = f"{lines[0]}: try a smaller --micro-batch or --batch-size"
         elif "DataLoader worker (pid" in lines[0]:
             message = "a worker ended (memory, /dev/shm, TMPDIR?): try fewer --workers"
-        elif re.search("No space left|Disk quota exceeded|File too large|unexpected pos", message):
+        elif re.search("No space|quota exceeded|File too large|unexpected pos", message):
             message += ": make room, then try again"
         elif not isinstance(problem, UserError) and "[Errno" not in message:
             raise  # a bug
@@ -372,7 +372,7 @@ def find_units(dataset, split, source, captions):
     if captions:
         samples = place_table(read_table(captions, split), files)
     else:
-        packed = [path for path in files if re.search(r"\.(tgz|tar\.\w+)$", path.lower())]
+        packed = [path for path in files if re.search(r"\.(tgz|tar\.\w{2,3})$", path.lower())]
         if packed:
             raise UserError(f"--source: {listed(packed)}: unpack them")
         tars = sorted({path for path in files if split_name(path)[1] == "tar"})
@@ -437,7 +437,7 @@ def read_table(path, split):
         else:
             rows = text_rows(text)
         for name, captions in rows:
-            captions = [captions] if isinstance(captions, str) else captions
+            captions = [captions or ""] if isinstance(captions or "", str) else captions
             "".join(captions)  # raises unless all are texts
             table[os.path.normpath(name)] += captions
     except Exception as problem:  # parsers raise a dozen types
@@ -498,6 +498,9 @@ def place_table(table, files):
             raise UserError(f"--captions: {name} is both of {listed(paths)}: use one --source")
         stem, kind = split_name(name)
         samples.append((stem, [(kind, (path,)) for path in paths], captions))
+    missing = [stem for stem, places, _ in samples if not places]
+    if missing:
+        sys.stderr.write(f"note: no image for {listed(missing)}\n")
     return samples
 
 
@@ -629,7 +632,8 @@ def write_shard(folder, plan, job):
                 lengths[len(ids)] += 1
                 tokens += ids
             key = key.encode(errors="replace")[-RECORD["key"].itemsize:]
-            u = int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2 ** 64
+            # Copies of an image stay together.
+            u = int.from_bytes(hashlib.sha256(image).digest()[:8]) / 2 ** 64
             records.append((key, number, shard.tell(), len(image), len(tokens), u < HELD_OUT))
             shard.write(image + np.array(tokens, "<u4").tobytes())
         size = shard.tell()
@@ -667,7 +671,7 @@ def make_split(folder, units, plan, workers):
     lengths, skipped = Counter(), Counter()
     samples = (sample for unit in units for sample in read_samples(unit, skipped))
     if not next(samples, None):  # before a finished split is removed
-        raise UserError(f"no captions, skipped: {dict(skipped)}")
+        raise UserError(f"no captions, skipped: {dict(skipped.most_common(9))}")
     skipped.clear()
     (folder / "meta.json").unlink(missing_ok=True)
     sizes = {}

@@ -105,7 +105,7 @@ def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed
     rows = [torch.tensor(caption, device=features.device) for caption in captions]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
     valid = tokens >= 0  # [B,T]
-    tokens = tokens.clamp(min=0)  # pads need an embedding, whichever
+    tokens = tokens.clamp(min=0)  # pads need an embedding
     if config.objective == "clip":
         cosine = (model.embed_images(features) * model.embed_texts(tokens, valid)).sum(1)
         return cosine.double().cpu()
@@ -202,8 +202,8 @@ def cider_d(made, given):
 
 
 def split_words(text):
-    """Words in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
+    """Lower-case words, no punctuation."""
+    return re.findall(rf"[^\s{data.MARKS}]+", text.lower())
 
 
 def print_metrics(made, given):
@@ -333,9 +333,8 @@ def find_images(args):
         return [shards.key(i) for i in range(len(shards))[:args.count]], shards
     names = []
     for path in args.images:
-        files = [path]
-        if os.path.isdir(path):
-            files = [*filter(data.not_text, data.list_files(path, set()))]
+        files = [file for file in data.list_files(path, set())
+                 if file == path or data.not_text(file)]
         if not files:
             raise UserError(f"{path}: no images")
         names += files
@@ -435,7 +434,7 @@ def main():
     add("images", nargs="*", help="files or folders")
     add("--ckpt", required=True)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dataset", help="data set, in place of images")
+    add("--dataset", help="data set instead of images")
     add("--split", choices=("train", "val", "test"), default="val")
     add("--data-dir", default="data")
     add("--count", type=positive_int, help="only the first COUNT")

@@ -48,10 +48,10 @@ PRESETS = {
 # --init: gentle, to keep what the weights know.
 FINE_TUNING = dict(steps=None, epochs=10.0, lr=5e-5, warmup=100, weight_decay=0.01)
 OBJECTIVES = ("mdc", "ar", "clip", "bert", "parallel")
-# Options that may change when a run is continued.
+# Options that a continued run may change.
 MAY_CHANGE = ("data_dir", "out", "fresh", "device", "compile", "workers", "micro_batch",
               "save_every", "eval_every", "log_every")
-# Options that OUT's name shows unless at their default, with the only objective that has them.
+# Options that OUT's name shows, if changed, with the only objective that has them.
 NAMED = {"mask_ratio": "bert", "t_min": "mdc", "t_max": "mdc", "schedule": "mdc",
          "pairs": None, "seed": None}
 
@@ -254,12 +254,10 @@ def step_loss(model, batch, objective, schedule, scale, ddp):
         return diffusion.ar_loss(model, images, tokens, valid, where)
     if objective == "clip":
         image, text = model(images, tokens, valid)
-        all_images, all_texts = image, text
+        both = torch.stack([image, text])  # [2,b,D]
         if ddp.world > 1:
-            all_images = torch.cat(dist.nn.functional.all_gather(image))
-            all_texts = torch.cat(dist.nn.functional.all_gather(text))
-        first = ddp.rank * len(image)
-        return diffusion.clip_loss(image, text, all_images, all_texts, scale, first)
+            both = torch.cat(dist.nn.functional.all_gather(both), dim=1)  # [2,B,D]
+        return diffusion.clip_loss(image, text, *both, scale, ddp.rank * len(image))
     return diffusion.mdc_loss(model, images, tokens, batch["mask"], valid, where, batch["t"],
                               SCHEDULES[schedule])
 
@@ -350,7 +348,7 @@ def find_checkpoint(args):
     changed = [f"{name} was {was.get(name)}, now {now[name]}"
                for name in now if name not in MAY_CHANGE and was.get(name) != now[name]]
     if changed:
-        raise UserError(f"{path} is another run ({'; '.join(changed)}): use --fresh or --out")
+        raise UserError(f"{path} is another run ({'; '.join(changed)}): type what it was, or --fresh, or --out")
     print0(f"continuing {path} at step {checkpoint['step']:,} of {args.steps:,}")
     return checkpoint
 
@@ -536,7 +534,7 @@ def validate(run):
 
 
 def log_progress(run, since, norm, lr):
-    """Print and log the figures since the last line; `since` has its step and time."""
+    """Print and log the figures since the last line."""
     steps = run.step - since["step"]
     elapsed = time.time() - since["start"]
     loss = since["loss"].cpu()
@@ -640,11 +638,12 @@ def finish(run):
     log(run, record)
 
     print(f"{record['minutes']:.1f} minutes; look at {args.out}/report.html\nnext:")
-    words = ["--ckpt", f"{args.out}/ckpt.pt", "--dataset", args.dataset, "--data-dir", args.data_dir]
+    words = shlex.join(["--ckpt", f"{args.out}/ckpt.pt", "--dataset", args.dataset,
+                        "--data-dir", args.data_dir])
     if args.objective != "clip":
-        print(f"  python sample.py {shlex.join(words)} --trace --count 3")
+        print(f"  python sample.py {words} --trace --count 3")
     if args.dataset == "shapes":
-        print(f"  python probe.py {shlex.join(words)}")
+        print(f"  python probe.py {words}")
 
 
 def main():
@@ -672,7 +671,8 @@ def main():
     print0("  ".join(shown))
     machine = f"{args.dtype} on {name}"
     print0(f"{machine}\n{len(train):,} training and {len(val):,} validation images, "
-           f"{args.steps * args.batch_size / len(train):.1f} epochs; {cut:,} captions cut")
+           f"{args.steps * args.batch_size / len(train):.1f} epochs "
+           f"({min(1, args.warmup / args.steps):.0%} warm-up); {cut:,} captions cut")
 
     # output and model
     run = argparse.Namespace(

@@ -190,7 +190,7 @@ def test_all_layouts_give_the_same_samples(tmp_path):
             }
         )
     )
-    lines = [json.dumps({"file_name": f"{i}.jpg", "text": c}) + "\r\n" for i, c in rows]
+    lines = [json.dumps({"file_name": f"{i}.jpg", "text": c}) + "\r\n" for i, c in [*rows, (0, None)]]
     (tmp_path / "metadata.jsonl").write_text("\ufeff" + "".join(lines) + "\n")
     build(tmp_path / "tar", make_tar(tmp_path / "a.tar", members))
     expected = (tmp_path / "tar/set/train/00000.shard").read_bytes()
@@ -396,13 +396,18 @@ def test_thirty_lines_read_a_split(tmp_path):
 
 
 def test_held_out_samples_take_the_place_of_a_missing_val(tmp_path, monkeypatch):
+    """A set with a row for each caption repeats its images; other sets have one name for all samples."""
     monkeypatch.setattr(data, "HELD_OUT", 0.3)
-    make_tar(tmp_path / "a.tar", good(30))
-    make_tar(tmp_path / "b.tar", good(30, 30))
+    for tar, names in (("a", "image{:02}"), ("b", "folder{:02}/image"), ("c", "image{:02}")):
+        images = [jpeg(colour=(8 * i, 0, 100 if tar == "b" else 0)) for i in range(30)]
+        stems = map(names.format, range(30))
+        members = [m for stem, image in zip(stems, images, strict=True) for m in ((f"{stem}.jpg", image), (f"{stem}.txt", b"x"))]
+        make_tar(tmp_path / f"{tar}.tar", members)
     build(tmp_path, tmp_path / "*.tar")
-    train, val = (open_split(tmp_path, "set", split) for split in ("train", "val"))
-    keys = [{split.key(i) for i in range(len(split))} for split in (train, val)]
-    assert len(keys[0] | keys[1]) == 60 and not keys[0] & keys[1] and 5 < len(val) < 30
+    splits = [open_split(tmp_path, "set", split) for split in ("train", "val")]
+    pictures = [{np.asarray(split.image(i)).tobytes() for i in range(len(split))} for split in splits]
+    assert sum(map(len, splits)) == 90 and not pictures[0] & pictures[1]
+    assert len(pictures[0]) + len(pictures[1]) == 60 and 8 < len(pictures[1]) < 30
 
 
 def test_words_tokenizer_spells_what_it_does_not_know():
@@ -898,6 +903,29 @@ def test_two_stars_find_tars_at_any_depth(tmp_path):
     assert len(data.find_sources([f"{tmp_path}/**/*.tar"])) == 3
 
 
+def test_a_folder_as_the_hugging_face_hub_fills_it(tmp_path):
+    folder = tmp_path / "hf"
+    notes = folder / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    for name in ("a", "b"):
+        make_tar(folder / f"{name}.tar", good(2))
+        for kind in ("metadata", "lock"):
+            (notes / f"{name}.tar.{kind}").write_text("1")
+    assert build(tmp_path, folder)["samples"] == 4
+    (folder / "c.tar.gz").touch()
+    with pytest.raises(UserError, match="c.tar.gz: unpack them"):
+        build(tmp_path, folder, fresh=True)
+
+
+def test_hundreds_of_files_that_are_no_tars_get_one_short_line(tmp_path):
+    """As after a clone without `git lfs pull`."""
+    for i in range(300):
+        (tmp_path / f"{i}.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="no captions, skipped: .*0.tar is cut short") as told:
+        build(tmp_path, tmp_path / "*.tar")
+    assert len(str(told.value)) < 600
+
+
 def test_a_source_given_twice_counts_twice(tmp_path, script):
     tars = [make_tar(tmp_path / f"{name}.tar", good(2, start)) for name, start in (("a", 0), ("b", 5))]
     said = script("data.py", "--dataset", "set", "--data-dir", tmp_path, "--tokenizer", "words:9", "--workers", 1,
@@ -927,7 +955,7 @@ def test_every_source_that_does_not_exist_is_named_in_a_short_line(tmp_path):
         build(tmp_path, tmp_path / "a" / "*.jpg")
 
 
-def test_the_images_of_a_table_are_found_in_all_sources(tmp_path):
+def test_the_images_of_a_table_are_found_in_all_sources(tmp_path, capsys):
     for folder, first in (("train2014", 0), ("val2014/deep", 3)):
         make_folder(tmp_path / folder, [(f"{i}.jpg", jpeg()) for i in range(first, first + 3)])
     rows = "".join(f"{i}.jpg,picture {i}\n" for i in range(6))
@@ -936,6 +964,7 @@ def test_the_images_of_a_table_are_found_in_all_sources(tmp_path):
     options = {"captions": str(tmp_path / "c.csv"), "image_size": 16, "tokenizer": "words:50", "workers": 1}
     meta = prepare("set", "train", tmp_path, sources, **options)
     assert meta["samples"] == 7 and meta["skipped"] == {"no image": 1}
+    assert "note: no image for missing\n" in capsys.readouterr().err
     make_folder(tmp_path / "train2014", [("deep/5.jpg", jpeg())])
     with pytest.raises(UserError, match="5.jpg is both of .*train2014/deep/5.jpg, .*val2014/deep/5.jpg"):
         prepare("set", "val", tmp_path, sources, **options)

@@ -137,7 +137,7 @@ def test_a_sweep_takes_few_evaluations(monkeypatch):
 def test_figures_of_a_probe():
     (x, labels), (test, test_labels) = blobs(600, 0), blobs(600, 1)
     figures = probe.linear_probe(x, labels, test, test_labels)
-    assert 0.6 < figures["top1"] < 1 and figures["top5"] == 1.0 and abs(figures["mean_class"] - figures["top1"]) < 0.05
+    assert 0.6 < figures["top1"] < 1 and abs(figures["mean_class"] - figures["top1"]) < 0.05
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
     assert probe.linear_probe(x, shuffled, test, test_labels)["top1"] < 0.45, "nothing to learn, yet learned"
     assert probe.nearest_neighbours(x, labels, test, test_labels) > 0.55

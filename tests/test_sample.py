@@ -49,6 +49,10 @@ def test_metrics_are_pycocoevalcaps(seed):
     assert sum(map(sample.rouge_l, made, given)) / 30 == pytest.approx(expected, abs=1e-6)
 
 
+def test_words_are_not_cut_at_vowel_signs():
+    assert sample.split_words("बिल्ली चटाई पर, A man's_hat (2)!") == ["बिल्ली", "चटाई", "पर", "a", "man", "s_hat", "2"]
+
+
 def test_published_scores_of_nlg_eval(photographs, capsys):
     example = json.loads((photographs / "caption-metrics" / "nlg-eval-example.json").read_text())
     sample.print_metrics(example["hypotheses"], example["references"])
