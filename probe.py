@@ -476,7 +476,7 @@ def main_probe(args, model, checkpoint, cache=None):
     encoders = {"trained": model, "random": build_model(model.config).to(args.device).eval()}
     results = {}
     for name, encoder in encoders.items():
-        test, others, more = load_split(args, encoder, "test", cache)  # the smaller one first
+        test, others, more = load_split(args, encoder, "test", cache)  # the smaller first
         train, names, unusable = load_split(args, encoder, "train", cache)
         for task in names:
             labels, answers = number_classes(names[task], others[task])

@@ -348,7 +348,7 @@ def find_checkpoint(args):
     changed = [f"{name} was {was.get(name)}, now {now[name]}"
                for name in now if name not in MAY_CHANGE and was.get(name) != now[name]]
     if changed:
-        raise UserError(f"{path} is another run ({'; '.join(changed)}): type what it was, or --fresh, or --out")
+        raise UserError(f"{path} differs ({'; '.join(changed)}): use what it was, --fresh or --out")
     print0(f"continuing {path} at step {checkpoint['step']:,} of {args.steps:,}")
     return checkpoint
 
@@ -452,7 +452,7 @@ def start_model(run, checkpoint):
         # Start at the word frequencies, which take many steps to learn.
         captions = [ids for i in range(min(len(train), 10_000)) for ids in train.captions(i)]
         counts = 0.1 + np.bincount(np.concatenate(captions), minlength=config.vocab_size)
-        model.decoder.head.bias.data[:config.vocab_size] = torch.from_numpy(counts).log()
+        model.decoder.head.bias.data[:len(counts)] = torch.from_numpy(counts / counts.sum()).log()
     return model.to(run.device)
 
 

@@ -126,7 +126,7 @@ def test_the_same_command_again_says_that_the_run_is_finished(finished, shapes, 
     assert "at step 6 of 6" in said and "next:" in said
     assert (finished[0] / "ckpt.pt").read_bytes() == before
     said = script("train.py", *words(shapes, finished[0], seed=1), expect=2).stderr
-    assert "(seed was 0, now 1): type what it was, or --fresh, or --out" in said and said.count("\n") == 1
+    assert "(seed was 0, now 1): use what it was, --fresh or --out" in said and said.count("\n") == 1
     assert (finished[0] / "ckpt.pt").read_bytes() == before
 
 
