@@ -372,7 +372,7 @@ def find_units(dataset, split, source, captions):
     if captions:
         samples = place_table(read_table(captions, split), files)
     else:
-        packed = [path for path in files if re.search(r"\.(tgz|tar\.\w{2,3})$", path.lower())]
+        packed = [path for path in files if re.search(r"\.(tgz|tar\.[gxbz]\w*)$", path.lower())]
         if packed:
             raise UserError(f"--source: {listed(packed)}: unpack them")
         tars = sorted({path for path in files if split_name(path)[1] == "tar"})
@@ -632,7 +632,7 @@ def write_shard(folder, plan, job):
                 lengths[len(ids)] += 1
                 tokens += ids
             key = key.encode(errors="replace")[-RECORD["key"].itemsize:]
-            # Copies of an image stay together.
+            # Copies stay together.
             u = int.from_bytes(hashlib.sha256(image).digest()[:8]) / 2 ** 64
             records.append((key, number, shard.tell(), len(image), len(tokens), u < HELD_OUT))
             shard.write(image + np.array(tokens, "<u4").tobytes())
@@ -671,7 +671,7 @@ def make_split(folder, units, plan, workers):
     lengths, skipped = Counter(), Counter()
     samples = (sample for unit in units for sample in read_samples(unit, skipped))
     if not next(samples, None):  # before a finished split is removed
-        raise UserError(f"no captions, skipped: {dict(skipped.most_common(9))}")
+        raise UserError(f"no captions, skipped: {skipped.most_common(9)}")
     skipped.clear()
     (folder / "meta.json").unlink(missing_ok=True)
     sizes = {}
@@ -689,7 +689,7 @@ def make_split(folder, units, plan, workers):
 
     records = np.concatenate(records)
     if len(records) < max(1, skipped.total()):
-        raise UserError(f"only {len(records):,} samples can be used, skipped: {dict(skipped)}")
+        raise UserError(f"only {len(records):,} samples can be used, skipped: {skipped.most_common(9)}")
     records = records[np.argsort(records["held_out"], kind="stable")]
     (folder / "samples.bin").write_bytes(records.tobytes())
     sizes["samples.bin"] = records.nbytes

@@ -203,7 +203,7 @@ def cider_d(made, given):
 
 def split_words(text):
     """Lower-case words, no punctuation."""
-    return re.findall(rf"[^\s{data.MARKS}]+", text.lower())
+    return re.findall(rf"[^\s{data.MARKS}۔॥？]+", text.lower())
 
 
 def print_metrics(made, given):

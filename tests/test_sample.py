@@ -50,7 +50,7 @@ def test_metrics_are_pycocoevalcaps(seed):
 
 
 def test_words_are_not_cut_at_vowel_signs():
-    assert sample.split_words("बिल्ली चटाई पर, A man's_hat (2)!") == ["बिल्ली", "चटाई", "पर", "a", "man", "s_hat", "2"]
+    assert sample.split_words("बिल्ली चटाई पर॥ A man's_hat (2)! 你好？") == ["बिल्ली", "चटाई", "पर", "a", "man", "s_hat", "2", "你好"]
 
 
 def test_published_scores_of_nlg_eval(photographs, capsys):
