@@ -671,7 +671,7 @@ def make_split(folder, units, plan, workers):
     lengths, skipped = Counter(), Counter()
     samples = (sample for unit in units for sample in read_samples(unit, skipped))
     if not next(samples, None):  # before a finished split is removed
-        raise UserError(f"no captions, skipped: {skipped.most_common(9)}")
+        raise UserError(f"no captions, skipped: {dict(skipped.most_common(9))}")
     skipped.clear()
     (folder / "meta.json").unlink(missing_ok=True)
     sizes = {}
@@ -689,7 +689,7 @@ def make_split(folder, units, plan, workers):
 
     records = np.concatenate(records)
     if len(records) < max(1, skipped.total()):
-        raise UserError(f"only {len(records):,} samples can be used, skipped: {skipped.most_common(9)}")
+        raise UserError(f"only {len(records):,} samples can be used, skipped: {dict(skipped.most_common(9))}")
     records = records[np.argsort(records["held_out"], kind="stable")]
     (folder / "samples.bin").write_bytes(records.tobytes())
     sizes["samples.bin"] = records.nbytes

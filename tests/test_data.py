@@ -837,7 +837,7 @@ def test_files_of_a_sample_need_not_be_neighbours_in_a_tar(tmp_path):
 def test_most_samples_must_be_usable(tmp_path):
     without = [(f"{i:05d}.jpg", jpeg()) for i in range(90, 95)]
     source = make_tar(tmp_path / "a.tar", good(4) + without)
-    with pytest.raises(UserError, match=r"only 4 samples.*'no caption', 5"):
+    with pytest.raises(UserError, match=r"only 4 samples.*'no caption': 5"):
         build(tmp_path, source)
     assert not (tmp_path / "set/train/meta.json").exists()
     make_tar(source, good(5) + without)
@@ -848,7 +848,7 @@ def test_sources_without_captions_do_not_remove_a_finished_split(tmp_path):
     build(tmp_path, make_tar(tmp_path / "a.tar", good(4)))
     before = everything(tmp_path / "set/train")
     source = make_tar(tmp_path / "b.tar", [(f"{i:05d}.jpg", jpeg()) for i in range(5)])
-    with pytest.raises(UserError, match="no captions, skipped: .*'no caption', 5"):
+    with pytest.raises(UserError, match="no captions, skipped: .*'no caption': 5"):
         build(tmp_path, source, fresh=True)
     assert everything(tmp_path / "set/train") == before and len(Shards(tmp_path / "set/train")) == 4
 

@@ -101,21 +101,24 @@ def write_tar(path, files, mode="w"):
 
 def make_pairs(folder):
     """WebDataset tars of the hub (CC3M, CC12M) and of img2dataset, whose caption column was re_caption."""
-    names = [f"{i:09d}" for i in range(9_000)]
-    # The digest of a name says whether data.py holds it out: about 45 of them.
-    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
-    names = sorted([*names[:HELD_OUT], *names[HELD_OUT - PAIRS :]])
-    picture = (folder / "photo.jpg").read_bytes()
+    pictures = []
+    for i in range(4_000):
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16), (i % 16 * 16, i // 16 % 16 * 16, i // 256 * 16)).save(file, "JPEG")
+        pictures.append(file.getvalue())
+    # The digest of a stored image says whether data.py holds it out: about 20 of them.
+    pictures.sort(key=lambda picture: hashlib.sha256(data.store_image({"jpg": picture}, 224)).digest())
+    pictures = [*pictures[:HELD_OUT], *pictures[HELD_OUT - PAIRS :]]
     tars = {"cc3m": "cc3m-train-{:04d}.tar", "cc12m": "cc12m-train-{:04d}.tar", "recap": "{:05d}.tar"}
     for dataset, tar in tars.items():
         for half in range(2):
             files = []
             for i in range(half, PAIRS, 2):
                 caption = CAPTIONS[i % len(CAPTIONS)]
-                record = {"key": names[i], "caption": caption, "url": "https://example.org/1.jpg", "status": "success"}
-                files.append((f"{names[i]}.jpg", picture))
-                files.append((f"{names[i]}.json", json.dumps(record).encode()))
-                files.append((f"{names[i]}.txt", caption.encode()))
+                record = {"key": f"{i:09d}", "caption": caption, "url": "https://example.org/1.jpg", "status": "success"}
+                files.append((f"{i:09d}.jpg", pictures[i]))
+                files.append((f"{i:09d}.json", json.dumps(record).encode()))
+                files.append((f"{i:09d}.txt", caption.encode()))
             write_tar(folder / "raw" / dataset / tar.format(half), files)
 
 
