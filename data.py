@@ -49,7 +49,7 @@ RECORD = np.dtype([("key", "S48"), ("shard", "<i4"), ("start", "<i8"), ("image_b
 HELD_OUT = 0.005  # share of the images
 UNIT_SAMPLES = 2048  # in a shard; a tar becomes one shard
 MIN_SIDE, MEGAPIXELS, MAX_RATIO = 8, 50, 10  # of images that are read
-SMALL = 64  # least side of stored photographs; sets up to it are PPM files
+SMALL = 64  # least side of stored photos; sets up to it are PPM files
 IMAGE_TYPES, TEXT_TYPES = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 1 << 25) | dict.fromkeys(TEXT_TYPES, 1 << 20)
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints"}
@@ -632,7 +632,7 @@ def write_shard(folder, plan, job):
                 lengths[len(ids)] += 1
                 tokens += ids
             key = key.encode(errors="replace")[-RECORD["key"].itemsize:]
-            # Copies stay together.
+            # Copies of an image stay together.
             u = int.from_bytes(hashlib.sha256(image).digest()[:8]) / 2 ** 64
             records.append((key, number, shard.tell(), len(image), len(tokens), u < HELD_OUT))
             shard.write(image + np.array(tokens, "<u4").tobytes())
@@ -689,7 +689,8 @@ def make_split(folder, units, plan, workers):
 
     records = np.concatenate(records)
     if len(records) < max(1, skipped.total()):
-        raise UserError(f"only {len(records):,} samples can be used, skipped: {dict(skipped.most_common(9))}")
+        why = dict(skipped.most_common(9))
+        raise UserError(f"only {len(records):,} samples can be used, skipped: {why}")
     records = records[np.argsort(records["held_out"], kind="stable")]
     (folder / "samples.bin").write_bytes(records.tobytes())
     sizes["samples.bin"] = records.nbytes

@@ -86,8 +86,8 @@ def attend(q, k, v, heads, bias=None):
     bias [B or 1,1,T or 1,N] is 0 where a query may look and -inf where it may not.
 
     CUDA uses torch's fused kernels. On a CPU the formula is written out: there the fused kernel's
-    backward pass takes half of a training step. So it is with a bias, which flash attention does
-    not take and only short captions have."""
+    backward pass takes half of a small model's step. A bias, which flash attention does not take,
+    is written out too: captions are short."""
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
     if bias is None and q.device.type != "cpu":
         out = F.scaled_dot_product_attention(q, k, v)

@@ -141,7 +141,7 @@ def compute_features(model, key, images, cache=None):
     for file in ("model.py", "data.py", "probe.py"):  # code changes features
         digest.update(Path(__file__).with_name(file).read_bytes())
     parts = []
-    skip = 0  # cached images, still ahead in `images`
+    skip = 0  # cached ones, still in `images`
     while not parts or len(parts[-1]["labels"] + parts[-1]["unusable"]) == PART:
         path = Path(cache or "", f"{digest.hexdigest()[:32]}-{len(parts):04}.pt")
         if cache and path.exists():

@@ -48,10 +48,10 @@ PRESETS = {
 # --init: gentle, to keep what the weights know.
 FINE_TUNING = dict(steps=None, epochs=10.0, lr=5e-5, warmup=100, weight_decay=0.01)
 OBJECTIVES = ("mdc", "ar", "clip", "bert", "parallel")
-# Options that a continued run may change.
+# May change in a continued run.
 MAY_CHANGE = ("data_dir", "out", "fresh", "device", "compile", "workers", "micro_batch",
               "save_every", "eval_every", "log_every")
-# Options that OUT's name shows, if changed, with the only objective that has them.
+# Options in OUT's name, if changed, with the only objective that has them.
 NAMED = {"mask_ratio": "bert", "t_min": "mdc", "t_max": "mdc", "schedule": "mdc",
          "pairs": None, "seed": None}
 
