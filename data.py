@@ -83,6 +83,8 @@ def run(main):
             message = f"{lines[0]}: try a smaller --micro-batch or --batch-size"
         elif "DataLoader worker (pid" in lines[0]:
             message = "a worker ended (memory, /dev/shm, TMPDIR?): try fewer --workers"
+        elif "BackendCompilerFailed" in str(type(problem).__mro__):
+            message = f"{lines[0]}: try --compile off"
         elif re.search("No space|quota exceeded|File too large|unexpected pos", message):
             message += ": make room, then try again"
         elif not isinstance(problem, UserError) and "[Errno" not in message:
@@ -127,7 +129,7 @@ def listed(names):
 
 
 # ---- tokenizers
-# \w would lack the vowel signs of Hindi, Thai and Tamil, and differs between re and tiktoken.
+# \w lacks the vowel signs of Hindi, Thai and Tamil, and re's differs from tiktoken's.
 MARKS = r"!-/:-@\[-^`{-~¡-¿،؛؟।\u2010-\u206f\u3000-\u303f\uff00-\uff0f"
 PIECE = rf" ?[^\s{MARKS}]+| ?[{MARKS}]+|\s+"
 
@@ -354,9 +356,9 @@ def split_units(source, values):
 
 
 def find_units(dataset, split, source, captions):
-    """-> units, one for each shard, and a text that changes with the input. Units are
-    ("shapes", seeds), ("tar", path) or ("files", samples); a sample is (stem,
-    [(type, (path,)), ...], captions), or None for captions that are in its files."""
+    """-> units, one for each shard, and a text that changes with the input. A unit is
+    ("shapes", seeds), ("tar", path) or ("files", samples), a sample (stem, [(type, (path,)), ...],
+    captions); captions are None if they are in its files."""
     if dataset == "shapes":
         first = 0 if split == "train" else 1 << 32
         seeds = range(first, first + SHAPES_SAMPLES[split])
@@ -665,7 +667,7 @@ def choose_tokenizer(folder, units, name):
 def make_split(folder, units, plan, workers):
     """Write the shards of a split, then meta.json."""
     for file in folder.parent.glob("*/meta.json"):
-        if file.parent != folder and Shards(file.parent).meta["sources"] == plan["sources"]:
+        if file.parent != folder and json.dumps(plan["sources"]) in file.read_text():
             raise UserError(f"--source: expected other images than of {file.parent}")
     plan = plan | {"tokenizer": choose_tokenizer(folder, units, plan["tokenizer"])}
     lengths, skipped = Counter(), Counter()

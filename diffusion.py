@@ -50,7 +50,7 @@ SCHEDULES = {"linear": linear, "cosine": cosine, "unweighted": unweighted}
 
 
 def stratified_times(u, strata, t_min=0.5, t_max=1.0):
-    """Times of a batch, one in each of B equal slices of (t_min, t_max] -> [B] float64.
+    """Times of captions, each from a slice of its own of (t_min, t_max] -> [B] float64.
 
     u is one number in [0,1) for the whole *global* batch, strata [B] is place / size of that
     batch. Each time is uniform, and together they cover the interval evenly, which lowers the
@@ -138,7 +138,7 @@ def scoring_masks(rule, valid, noise=None, u=None):
 
 
 @torch.no_grad()
-def log_likelihood(predict, tokens, valid, rule="parallel", noise=None, u=None):
+def log_likelihood(predict, tokens, valid, rule, noise=None, u=None):
     """Scores of captions in nats, summed over tokens -> [B] float64.
 
     predict  (tokens [B,T], mask [B,T]) -> logits [K,V] of the masked tokens, row by row
@@ -215,7 +215,7 @@ def denoise(predict, tokens, mask, steps=None, order="confidence", temperature=0
     for step in range(1, last + 1):
         logits = predict(tokens, mask)
         drawn, score = draw_tokens(logits, temperature, generator)  # each [K]
-        if order != "confidence":
+        if order != "confidence":  # uniform instead
             score = torch.rand(len(drawn), generator=generator).to(score)
         score = score.new_full(mask.shape, -torch.inf).masked_scatter(mask, score)  # [B,T]
         if order == "ancestral":

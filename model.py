@@ -44,7 +44,7 @@ SIZES = {
 
 @dataclass
 class Config:
-    """All that `build_model` needs; saved in a checkpoint as a plain dict under "config"."""
+    """Arguments of `build_model`, in a checkpoint a plain dict."""
     size: str = "tiny"  # a key of SIZES
     image_size: int = 64  # S, pixels, square
     vocab_size: int = 50257  # V, without [MASK]
@@ -54,7 +54,8 @@ class Config:
 
 
 WORD_STD = 0.02  # of word embeddings at the start, as in GPT-2 and CLIP
-POSITION_SCALE = 0.03  # times sines and cosines (root mean square 0.7): as large as words
+# Times sines and cosines (root mean square 0.7): as large as words, or these drown.
+POSITION_SCALE = 0.03
 
 
 # ---- building blocks
@@ -171,7 +172,7 @@ class ViT(nn.Module):
         side = config.image_size // size.patch  # N = side**2
         patch_conv = nn.Conv2d(3, width, kernel_size=size.patch, stride=size.patch)
         self.patch_embed = nn.Sequential(OrderedDict(proj=patch_conv))
-        # Fixed: learned from noise they cost most of a short run.
+        # Fixed: to learn them takes most of a short run.
         self.pos_embed = nn.Parameter(sincos_2d(side, width)[None], requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, size.heads) for _ in range(size.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -262,9 +263,7 @@ class TextDecoder(Text):
 # ---- whole models
 def init_weights(model):
     """Initialize in place: Xavier for matrices (the fused q, k, v is one), zero for biases and
-    for the head (CapPa).
-
-    Words start as large as the positions added to them: smaller ones would drown."""
+    for the head (CapPa)."""
     for name, parameter in model.named_parameters():
         if name.endswith(".embed.weight"):
             nn.init.normal_(parameter, std=WORD_STD)
@@ -326,7 +325,7 @@ class Contrastive(nn.Module):
 
 
 def build_model(config):
-    """Config -> Captioner, or Contrastive for the objective "clip"."""
+    """Config -> Captioner or Contrastive."""
     return Contrastive(config) if config.objective == "clip" else Captioner(config)
 
 

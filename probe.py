@@ -31,20 +31,20 @@ from model import SIZES, build_model
 from sample import length_terms, load_captioner, score_captions
 
 STRENGTHS = np.logspace(-6, 5, 45)  # scikit-learn's C, the range of DINOv2
-RATES = np.logspace(-3, 1, 9)  # learning rates of fit_minibatch
-EXACT = 8e6  # images * classes up to which fit_logistic is used: half an hour
+RATES = np.logspace(-3, 1, 9)  # of fit_minibatch
+EXACT = 8e6  # most images * max(classes, D/16) of fit_logistic: half an hour
 PART = 8192  # images in a file of cached features
 RULES = {
     "mdc": ("monte-carlo", "parallel", "leave-one-out"),
     "ar": ("log p",),
     "clip": ("cosine",),
 }
-ANNOTATIONS = {  # fields of the image, the group (None: name of the file) and two captions
+ANNOTATIONS = {  # fields: image, group (None: name of the file) and two captions
     "sugarcrepe": ("filename", None, "caption", "negative_caption"),
     "aro-relation": ("image_path", "relation_name", "true_caption", "false_caption"),
     "aro-attribution": ("image_path", "attributes", "true_caption", "false_caption"),
 }
-# image: (file name or number, box); captions: the true one, the wrong one
+# image: (file name or number, box); captions: (true, wrong)
 Item = namedtuple("Item", "image group captions")
 
 
@@ -517,7 +517,7 @@ def main():
         "and `test` (or `val`) of CLASS/image")
     add("--images", default=".", help="folder of the annotated images")
     add("--data-dir", default="data")
-    add("--limit", type=data.positive_int, help="random training images or items (shapes: first 200)")
+    add("--limit", type=data.positive_int, help="random training images or items (shapes: 200)")
     add("--knn", action="store_true", help="also 20 nearest neighbours")
     add("--samples", type=data.positive_int, default=32, help="masks of a Monte Carlo score")
     add("--export", help="only write the encoder to this file, for timm")

@@ -102,8 +102,8 @@ def score_captions(model, features, captions, rule="monte-carlo", draws=32, seed
     features [B,N,D]; captions: B lists of token ids with EOS; items [B]: captions of the same
     item get the same random masks."""
     config = model.config
-    rows = [torch.tensor(caption, device=features.device) for caption in captions]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    rows = [*map(torch.tensor, captions)]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1).to(features.device)
     valid = tokens >= 0  # [B,T]
     tokens = tokens.clamp(min=0)  # pads need an embedding
     if config.objective == "clip":
@@ -309,7 +309,7 @@ def watch(model, tokenizer, states):
         attention.clear()
         side = math.isqrt(maps.shape[1])
         maps = maps.unflatten(1, (1, side, side))  # K can be 0
-        # at most 8 x 8, for small pages
+        # at most 8 x 8
         maps = torch.nn.functional.avg_pool2d(maps, math.ceil(side / 8), ceil_mode=True)
         maps = (255 * maps / maps.amax((2, 3), keepdim=True)).round().byte()
         steps.append({
@@ -358,9 +358,10 @@ def read_images(names, shards, batch_size, side):
 def write_captions(model, checkpoint, names, shards, args):
     """Print captions, metrics and the page -> number of images."""
     config = model.config
-    if config.objective == "clip" or config.objective == "ar" and args.prompt:
-        raise UserError(f"{args.ckpt}: contrastive models can only --score, autoregressive ones "
-                        "cannot fill blanks")
+    others = args.prompt or args.length or args.steps or args.order != "confidence"
+    if config.objective == "clip" or config.objective == "ar" and others:
+        raise UserError(f"{args.ckpt}: clip can only --score, and ar has no --prompt, --length, "
+                        "--steps or --order")
     tokenizer = data.load_tokenizer(checkpoint["tokenizer"])
     generator = torch.Generator().manual_seed(args.seed)
     length = args.length or median_length(checkpoint["lengths"])

@@ -60,7 +60,7 @@ EVAL_IMAGES = 1024
 EXCHANGES = 8  # wrong images of a validation caption
 CLIP_NORM = 1.0  # of gradients
 # Dense bfloat16 FLOP/s, for model FLOP utilization (MFU).
-PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+PEAKS = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 
 # ---- options
@@ -71,7 +71,7 @@ def make_parser():
     add("--dataset", default="shapes", help=f"{', '.join(DATASETS)} or another")
     add("--data-dir", default="data")
     add("--image-size", type=positive_int, help="pixels (default: preset or shards)")
-    add("--crop-scale", type=fraction, help="least share of the area in a crop; 1: no crops")
+    add("--crop-scale", type=fraction, help="least share of the area in a crop; 1: central")
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror at random")
     add("--tokenizer", help="of the shards")
     add("--max-tokens", type=positive_int, help="longest caption; others are cut")
@@ -89,7 +89,7 @@ def make_parser():
     group = parser.add_argument_group("optimization (defaults: the preset)")
     add = group.add_argument
     add("--batch-size", type=positive_int, help="images per step, in all processes")
-    add("--micro-batch", type=positive_int, help="images at a time, to save memory")
+    add("--micro-batch", type=positive_int, help="images at a time (default: 256; clip: all)")
     add("--lr", type=non_negative_float, help="peak learning rate of AdamW")
     add("--warmup", type=non_negative_int, help="steps")
     add("--weight-decay", type=non_negative_float, help="of matrices")
@@ -106,7 +106,7 @@ def make_parser():
     add("--out", help="default: out/DATASET-MODEL-OBJECTIVE...")
     add("--fresh", action="store_true", help="start over, replace what OUT has")
     add("--save-every", type=positive_int, help="steps between checkpoints")
-    add("--eval-every", type=non_negative_int, help="steps between validations; 0: none")
+    add("--eval-every", type=non_negative_int, help="steps between validations; 0: the last only")
     add("--log-every", type=positive_int, default=50, help="steps (default: 50)")
     return parser
 
@@ -279,7 +279,7 @@ def evaluate_captioner(model, batches, schedule, world):
         ratio = weight = torch.ones(B, device=tokens.device)
         if "t" in batch:
             ratio, weight = SCHEDULES[schedule](batch["t"])
-        nll = torch.zeros(B, min(EXCHANGES + 1, B), model.config.max_tokens, device=tokens.device)
+        nll = weight.new_zeros(B, min(EXCHANGES + 1, B), model.config.max_tokens)  # [B,M,L]
         features = model.encode(batch["images"])
         for shift in range(nll.shape[1]):  # 0: its own image
             memory = model.decoder.read(features.roll(shift, 0))
@@ -289,7 +289,7 @@ def evaluate_captioner(model, batches, schedule, world):
         rows.append([value.cpu().double() for value in row])
     nll, weight, ratio, masked, length = gather(rows, world)
 
-    loss = nll * weight[:, None, None]  # [n,1+EXCHANGES,L]
+    loss = nll * weight[:, None, None]  # [n,M,L]
     cost = loss[:, 1:].mean(1) - loss[:, 0]  # [n,L]
     wrong_image = cost.sum() / length.sum()
     error = (cost.sum(1) - wrong_image * length).norm() / length.sum()  # delta method

@@ -1,12 +1,12 @@
-"""Everything that needs a GPU to measure, in one command of seven minutes (at most twelve).
+"""Everything that needs a GPU to measure, in one command of seven minutes.
 
-    python tests/gpu.py FOLDER [--out OUT]
+    python tests/gpu.py FOLDER [--out OUT] [--minutes MINUTES]
 
 FOLDER holds flickr8k-train-*.tar, flickr8k-val-*.tar, cifar10-train.tar, cifar10-test.tar and `tokenizers`, a
 cache of tiktoken with GPT-2's files; no network is used. By hand; pytest does not collect it.
 
-Every step has a time limit, and the next one starts whatever became of it. The timed steps come first and have
-the machine for themselves; the others share it. OUT/gpu.jsonl gets one line a
+Every step has a time limit, all together have MINUTES, and the next step starts whatever became of the one before.
+The timed steps come first and have the machine for themselves; the others share it. OUT/gpu.jsonl gets one line a
 step, OUT/NAME.log its output. Without a GPU, tiny sizes rehearse the same steps."""
 import argparse
 import json
@@ -34,32 +34,29 @@ finally:
     print(f"peak memory {peak:.2f} GiB, {graphs} graphs", flush=True)"""
 
 
-def start(words, log, **settings):
-    """Start a python program in ROOT, its output in a log file."""
-    environment = os.environ | settings
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                            env=environment, start_new_session=True)
-
-
 class Steps:
-    def __init__(self, out):
+    def __init__(self, out, seconds):
         self.out = out
+        self.end = time.time() + seconds
         self.rows = []
 
-    def run(self, name, limit, *commands, stop_at=None, settings=None):
-        """Run python commands one after the other within `limit` seconds; returns whether all ended well.
+    def run(self, name, limit, *commands, stop_at=None):
+        """Run python commands one after the other within `limit` seconds, or those left for all steps; returns
+        whether all ended well.
 
         stop_at: SIGTERM goes to the first command when its log has this text, and status 143 is right."""
         began = time.time()
+        limit = min(limit, self.end - began)
         status = []
         log_file = self.out / f"{name}.log"
         with open(log_file, "w") as log:
             for number, words in enumerate(commands):
-                process = start(words, log, **(settings or {}))
+                process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=log,
+                                           stderr=subprocess.STDOUT, start_new_session=True)
                 stopped = False
                 while process.poll() is None and time.time() - began < limit:
                     time.sleep(0.2)
-                    if number == 0 and stop_at and not stopped and stop_at in log_file.read_text():
+                    if number == 0 and stop_at and not stopped and stop_at in log_file.read_text(errors="replace"):
                         process.send_signal(signal.SIGTERM)
                         stopped = True
                 if process.poll() is None:
@@ -70,8 +67,8 @@ class Steps:
                     break
                 status.append(0 if stopped and process.returncode == 143 else process.returncode)
         row = {"step": name, "ok": not any(status), "status": status, "seconds": round(time.time() - began, 1)}
-        row["said"] = [line[:300] for line in log_file.read_text().splitlines() if re.search(
-            r"img/s|graphs|passed|failed|exactly|val_loss|images_per_s|random|continuing|rror", line)][-9:]
+        row["said"] = [line[:300] for line in log_file.read_text(errors="replace").splitlines() if re.search(
+            r"img/s|graphs|passed|failed|exactly|val_loss|images_per_s|trained|random|BLEU|continuing|rror", line)][-9:]
         self.rows.append(row)
         with open(self.out / "gpu.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -84,12 +81,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
+    parser.add_argument("--minutes", type=float, default=7)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     folder = args.folder.absolute()
     os.environ |= {"TIKTOKEN_CACHE_DIR": str(folder / "tokenizers"), "MDC_TEST_DATA": str(folder),
                    "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    steps = Steps(args.out.absolute())
+    steps = Steps(args.out.absolute(), 60 * args.minutes)
     work = steps.out / "work"
     name = torch.cuda.get_device_name() if CUDA else "no GPU: a rehearsal"
     print(f"{name}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
@@ -101,7 +99,7 @@ def main():
     def train(out, *words, size=MODEL, steps=60, batch=BATCH, launch=("-c", COUNTED)):
         return [*launch, "train.py", "--dataset", "photos", "--data-dir", work, "--image-size", SIDE, "--model", size,
                 "--batch-size", batch, "--steps", steps, "--warmup", steps // 3, "--log-every", 10, "--save-every",
-                steps // 2, "--eval-every", 0, "--fresh", "--out", work / out, *words]
+                steps, "--eval-every", 0, "--fresh", "--out", work / out, *words]
 
     small = {"size": "S/16" if CUDA else "tiny", "steps": 30, "batch": 64 if CUDA else 8}
     # Names of machines need not resolve without a network.
@@ -111,7 +109,7 @@ def main():
 
     run = train("run", steps=200)  # so many that the loader has no batches left from the time of compilation
     run.remove("--fresh")
-    steps.run("train", 150, run, run, stop_at="step    100")
+    steps.run("train", 200, run, run, stop_at="step    100")
     large = CUDA and torch.cuda.get_device_properties(0).total_memory > 100e9  # ours and P2 are in memory together
     for size, batch in (("B/16", 512 if large else 256), ("B/32", 512)) if CUDA else (("tiny", 8),):
         bench = ["tests/bench.py", size, "--batch-size", batch, "--against", "P2", "--minutes", 0.1]
@@ -121,17 +119,18 @@ def main():
     os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2" if CUDA else "1"}
     two = ("--workers", 2 if CUDA else 0)
     with ThreadPoolExecutor(16) as pool:
-        jobs = [pool.submit(steps.run, "tests", 120, ["-m", "pytest", "-q", "-n", "4" if CUDA else "0",
+        jobs = [pool.submit(steps.run, "tests", 180, ["-m", "pytest", "-q", "-n", "4" if CUDA else "0",
                                                       "-p", "no:cacheprovider", "tests/test_cuda.py"])]
-        jobs.append(pool.submit(steps.run, "torchrun", 100, train("ddp", *two, steps=20, launch=torchrun)))
+        jobs.append(pool.submit(steps.run, "torchrun", 180, train("ddp", *two, steps=20, launch=torchrun)))
         for objective in ("ar", "clip", "bert", "parallel"):
-            jobs.append(pool.submit(steps.run, objective, 100, train(objective, "--objective", objective, *two, **small)))
+            jobs.append(pool.submit(steps.run, objective, 180, train(objective, "--objective", objective, *two, **small)))
         mdc = train("small", *two, **small)
         probe = ["probe.py", "--ckpt", work / "small" / "ckpt.pt", "--dataset", "cifar10", "--source", folder,
-                 "--limit", 1000 if CUDA else 100]
-        score = ["sample.py", "--ckpt", work / "small" / "ckpt.pt", "--dataset", "photos", "--data-dir", work,
-                 "--count", 64, "--metrics"]
-        jobs.append(pool.submit(steps.run, "probe", 180, mdc, score, probe))
+                 "--knn", "--limit", 1000 if CUDA else 100]
+        caption = ["sample.py", "--ckpt", work / "small" / "ckpt.pt", "--dataset", "photos", "--data-dir", work]
+        score = [*caption, "--count", 64, "--metrics"]
+        page = [*caption, "--count", 2, "--html", work / "page.html", "--order", "ancestral", "--temperature", 1]
+        jobs.append(pool.submit(steps.run, "probe", 180, mdc, score, page, probe))
         for job in jobs:
             job.result()
 

@@ -946,6 +946,17 @@ def test_a_validation_split_of_the_training_images_is_refused(tmp_path):
             build(tmp_path, other, fresh=True)
 
 
+def test_fresh_repairs_a_split_beside_a_damaged_one(tmp_path):
+    first, second = make_tar(tmp_path / "a.tar", good(3)), make_tar(tmp_path / "b.tar", good(2, 7))
+    build(tmp_path, first)
+    build(tmp_path, second, "val")
+    for split in ("train", "val"):
+        (tmp_path / "set" / split / "samples.bin").write_bytes(b"")
+    assert build(tmp_path, first, fresh=True)["samples"] == 3, "its sibling is still damaged"
+    assert build(tmp_path, second, "val", fresh=True)["samples"] == 2
+    assert [len(Shards(tmp_path / "set" / split)) for split in ("train", "val")] == [3, 2]
+
+
 def test_every_source_that_does_not_exist_is_named_in_a_short_line(tmp_path):
     make_folder(tmp_path / "a", good(2))
     with pytest.raises(UserError, match="b: no such"):

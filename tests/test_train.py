@@ -704,6 +704,14 @@ def test_image_size_is_the_presets_or_that_of_the_shards_and_too_small_shards_ar
         assert "\n" not in str(told.value)
 
 
+def test_a_missing_compiler_is_told_with_the_option_that_needs_none(shapes, tmp_path, script, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    said = script("train.py", *words(shapes, tmp_path / "run", compile="on"), expect=2).stderr
+    assert "nowhere" in said.splitlines()[-1] and said.endswith(": try --compile off\n")
+    assert "Traceback" not in said
+
+
 def test_shards_of_another_tokenizer_are_refused(shapes, tmp_path):
     args = train.parse_args(["--data-dir", str(shapes), "--image-size", "16", "--tokenizer", "gpt2"])
     with pytest.raises(UserError, match="words:100.* not gpt2.*--tokenizer"):
