@@ -496,7 +496,7 @@ def load(run, batches, items):
 def validate(run):
     """Evaluate and renew report.html -> figures, or {}."""
     if len(run.val) < 2:
-        print0("warning: too few validation images")
+        print0("warning: too few validation images: see data.py --split")
         return {}
     args, ddp = run.args, run.ddp
     # In random order: a batch exchanges images, and neighbours are alike.
@@ -625,7 +625,7 @@ def train_loop(run, wrapped, batches, accumulation):
 
 @torch.compiler.set_stance("force_eager")
 def finish(run):
-    """Validate, draw samples.png, print the next commands."""
+    """Validate, draw samples.png, print what is next."""
     args = run.args
     record = dict(validate(run), step=run.step, event="final", machine=run.machine)
     if run.ddp.rank > 0:

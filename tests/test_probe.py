@@ -340,11 +340,22 @@ def test_the_readmes_commands_make_class_folders(tmp_path):
     for name, content in official.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(png(content, 0, 0) if isinstance(content, int) else content.encode())
-    subprocess.run(["bash", "-e", "-c", readme("class folders")], cwd=tmp_path, check=True)
+    for split, kind, numbers in (("train", "webp", range(3)), ("test", "jpg", range(3, 5))):
+        folder = tmp_path / "wds" / "flowers" / split
+        folder.mkdir(parents=True)
+        for i in numbers:  # one image in each tar
+            with tarfile.open(folder / f"{i}.tar", "w") as tar:
+                for type_, content in (("cls", b"%d\n" % (i % 2)), (kind, png(10 + i, 0, 0)), ("json", b"{}")):
+                    member = tarfile.TarInfo(f"s000{i}.{type_}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    commands = readme("class folders") + readme("labelled tars")
+    subprocess.run(["bash", "-e", "-c", commands], cwd=tmp_path, check=True)
     expected = {
         "pets": [["Abyssinian"], ["american_pit_bull_terrier"]],
         "food101": [["apple_pie"], ["waffles"]],
         "aircraft": [["F-A-18"], ["Boeing 717"]],
+        "flowers": [["0", "0", "1"], ["0", "1"]],
     }
     for dataset, classes in expected.items():
         found = [squares(probe.open_labelled(tmp_path / "raw" / dataset, dataset, s)) for s in ("train", "test")]
