@@ -84,7 +84,7 @@ def run(main):
         elif "DataLoader worker (pid" in lines[0]:
             message = "a worker ended (memory, /dev/shm, TMPDIR?): try fewer --workers"
         elif "BackendCompilerFailed" in str(type(problem).__mro__):
-            message = f"{lines[0]}: try --compile off"
+            message = f"{' '.join(lines[:2])}: try --compile off"
         elif re.search("No space|quota exceeded|File too large|unexpected pos", message):
             message += ": make room, then try again"
         elif not isinstance(problem, UserError) and "[Errno" not in message:
@@ -129,7 +129,7 @@ def listed(names):
 
 
 # ---- tokenizers
-# \w lacks the vowel signs of Hindi, Thai and Tamil, and re's differs from tiktoken's.
+# re's \w, unlike tiktoken's, lacks the vowel signs of Hindi and Thai.
 MARKS = r"!-/:-@\[-^`{-~¡-¿،؛؟।\u2010-\u206f\u3000-\u303f\uff00-\uff0f"
 PIECE = rf" ?[^\s{MARKS}]+| ?[{MARKS}]+|\s+"
 
@@ -667,7 +667,7 @@ def choose_tokenizer(folder, units, name):
 def make_split(folder, units, plan, workers):
     """Write the shards of a split, then meta.json."""
     for file in folder.parent.glob("*/meta.json"):
-        if file.parent != folder and json.dumps(plan["sources"]) in file.read_text():
+        if file.parent != folder and json.dumps(plan["sources"]) in file.read_text("latin1"):
             raise UserError(f"--source: expected other images than of {file.parent}")
     plan = plan | {"tokenizer": choose_tokenizer(folder, units, plan["tokenizer"])}
     lengths, skipped = Counter(), Counter()

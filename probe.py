@@ -517,7 +517,7 @@ def main():
         "and `test` (or `val`) of CLASS/image")
     add("--images", default=".", help="folder of the annotated images")
     add("--data-dir", default="data")
-    add("--limit", type=data.positive_int, help="random training images or items (shapes: 200)")
+    add("--limit", type=data.positive_int, help="random training images or items (shapes: first 200)")
     add("--knn", action="store_true", help="also 20 nearest neighbours")
     add("--samples", type=data.positive_int, default=32, help="masks of a Monte Carlo score")
     add("--export", help="only write the encoder to this file, for timm")

@@ -592,7 +592,7 @@ def train_loop(run, wrapped, batches, accumulation):
             (loss * ddp.world).backward()
             since["loss"] += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        since["broken"] += ~norm.isfinite()  # on the device, not to wait for every step
+        since["broken"] += ~norm.isfinite()  # on the device: steps do not wait
         run.optimizer.step()
         run.optimizer.zero_grad()
         if clip:

@@ -5,10 +5,12 @@
 FOLDER holds flickr8k-train-*.tar, flickr8k-val-*.tar, cifar10-train.tar, cifar10-test.tar and `tokenizers`, a
 cache of tiktoken with GPT-2's files; no network is used. By hand; pytest does not collect it.
 
-Every step has a time limit, all together have MINUTES, and the next step starts whatever became of the one before.
-The timed steps come first and have the machine for themselves; the others share it. OUT/gpu.jsonl gets one line a
+Every step has a time limit, and all together have MINUTES, of which RESERVE is kept for the steps that are not timed.
+The next step starts whatever became of the one before, unless there are no shards. The timed steps come first and
+have the machine for themselves; the others share it. OUT/gpu.jsonl gets one line a
 step, OUT/NAME.log its output. Without a GPU, tiny sizes rehearse the same steps."""
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -23,6 +25,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.cuda.is_available()
+RESERVE = 150  # seconds
+STARTED = time.time()
 MODEL, SIDE, BATCH = ("B/16", 224, 256) if CUDA else ("tiny", 32, 8)
 COUNTED = """import runpy, sys, torch
 sys.path.insert(0, "."); sys.argv = sys.argv[1:]
@@ -34,23 +38,34 @@ finally:
     print(f"peak memory {peak:.2f} GiB, {graphs} graphs", flush=True)"""
 
 
+def descendants(pid):
+    """Processes that a process started, also those that left its group (torchrun's, loader workers)."""
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in children] + [pid for child in children for pid in descendants(child)]
+    return []
+
+
 class Steps:
     def __init__(self, out, seconds):
         self.out = out
-        self.end = time.time() + seconds
+        self.end = STARTED + seconds
         self.rows = []
 
-    def run(self, name, limit, *commands, stop_at=None):
-        """Run python commands one after the other within `limit` seconds, or those left for all steps; returns
-        whether all ended well.
+    def run(self, name, limit, *commands, stop_at=None, reserve=0):
+        """Run python commands one after the other within `limit` seconds, or those left for all steps but `reserve`;
+        returns whether all ended well.
 
         stop_at: SIGTERM goes to the first command when its log has this text, and status 143 is right."""
         began = time.time()
-        limit = min(limit, self.end - began)
+        limit = min(limit, self.end - reserve - began)
         status = []
         log_file = self.out / f"{name}.log"
         with open(log_file, "w") as log:
             for number, words in enumerate(commands):
+                if time.time() - began >= limit:
+                    status.append("not started")
+                    break
                 process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=log,
                                            stderr=subprocess.STDOUT, start_new_session=True)
                 stopped = False
@@ -60,9 +75,12 @@ class Steps:
                         process.send_signal(signal.SIGTERM)
                         stopped = True
                 if process.poll() is None:
-                    process.terminate()  # torchrun then ends its processes, which are in groups of their own
+                    family = [process.pid, *descendants(process.pid)]
+                    process.terminate()
                     time.sleep(5)
-                    os.killpg(process.pid, signal.SIGKILL)
+                    for pid in family:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
                     status.append("time limit")
                     break
                 status.append(0 if stopped and process.returncode == 143 else process.returncode)
@@ -104,16 +122,16 @@ def main():
     small = {"size": "S/16" if CUDA else "tiny", "steps": 30, "batch": 64 if CUDA else 8}
     # Names of machines need not resolve without a network.
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=1")
-    if not steps.run("prepare", 60, prepare("train"), prepare("val")):
+    if not steps.run("prepare", 60, prepare("train"), prepare("val"), reserve=RESERVE):
         sys.exit("error: the shards could not be made; see prepare.log")
 
     run = train("run", steps=200)  # so many that the loader has no batches left from the time of compilation
-    run.remove("--fresh")
-    steps.run("train", 200, run, run, stop_at="step    100")
+    again = [word for word in run if word != "--fresh"]
+    steps.run("train", 200, run, again, stop_at="step    100", reserve=RESERVE)
     large = CUDA and torch.cuda.get_device_properties(0).total_memory > 100e9  # ours and P2 are in memory together
     for size, batch in (("B/16", 512 if large else 256), ("B/32", 512)) if CUDA else (("tiny", 8),):
         bench = ["tests/bench.py", size, "--batch-size", batch, "--against", "P2", "--minutes", 0.1]
-        steps.run(f"bench-{size}".replace("/", ""), 150, bench)
+        steps.run(f"bench-{size}".replace("/", ""), 150, bench, reserve=RESERVE)
 
     # Seven programs share the cores.
     os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2" if CUDA else "1"}
