@@ -31,7 +31,7 @@ from model import SIZES, build_model
 from sample import length_terms, load_captioner, score_captions
 
 STRENGTHS = np.logspace(-6, 5, 45)  # scikit-learn's C, the range of DINOv2
-RATES = np.logspace(-3, 1, 9)  # of fit_minibatch
+RATES = np.logspace(-3, 1, 9)
 EXACT = 8e6  # most images * max(classes, D/16) of fit_logistic: half an hour
 PART = 8192  # images in a file of cached features
 RULES = {
@@ -261,7 +261,7 @@ def linear_probe(train, labels, test, answers, seed=0):
     held_out, rest = order.tensor_split([math.ceil(len(train) / 10)])
     fitted = fit(train[rest], labels[rest], classes, grid)
     found = [figures_of(w, train[held_out], labels[held_out])["top1"] for w in fitted]
-    best = float(grid[np.argmax(found)])
+    best = float(np.median(grid[np.equal(found, max(found))]))  # the middle of ties
     if best in (grid[0], grid[-1]):
         print(f"note: the best {name}, {best:.2g}, is an end of its grid")
     weights = fit(train, labels, classes, [best])[0]

@@ -37,7 +37,7 @@ def load_captioner(path, device="cpu"):
         model = build_model(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         return model.to(device).eval(), checkpoint
-    except Exception as problem:  # of a damaged pickle
+    except Exception as problem:
         raise UserError(f"{path} is not a checkpoint of this version of train.py, or {device} is "
                         f"not available: {problem!r:.99}") from None
 

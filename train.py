@@ -688,7 +688,7 @@ def main():
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         run.step = checkpoint["step"]
         run.started -= checkpoint["seconds"]
-        del checkpoint  # big
+        del checkpoint
     if args.compile == "on":
         compile_blocks(model)
     print0(f"{sum(p.numel() for p in model.parameters()):,} parameters")

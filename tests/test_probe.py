@@ -362,6 +362,25 @@ def test_the_readmes_commands_make_class_folders(tmp_path):
         assert [[label for label, _ in images] for images in found] == classes
 
 
+def test_of_strengths_with_equal_accuracy_the_middle_is_taken(monkeypatch):
+    """The first of them, the strongest penalty, would underfit: with few labels many strengths are all right."""
+    asked = []
+
+    def fit(features, labels, classes, strengths):
+        asked.append(list(strengths))
+        right = torch.stack([features[labels == k].mean(0) for k in range(classes)], 1)
+        right = torch.cat([right, torch.zeros(1, classes)])
+        return torch.stack([right if 1e-3 < C < 1e3 else -right for C in strengths])
+
+    monkeypatch.setattr(probe, "fit_logistic", fit)
+    labels = torch.arange(100) % 2
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) + 9 * labels[:, None]
+    figures = probe.linear_probe(x, labels, x, labels)
+    equal = [C for C in probe.STRENGTHS if 1e-3 < C < 1e3]
+    assert figures["top1"] == figures["held_out"] == 1 and len(equal) > 20
+    assert asked[1] == [figures["C"]] and figures["C"] == np.median(equal)
+
+
 def pictures(seed):
     """Four random pictures as open_labelled gives them: even, odd, even, odd."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
