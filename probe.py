@@ -261,7 +261,7 @@ def linear_probe(train, labels, test, answers, seed=0):
     held_out, rest = order.tensor_split([math.ceil(len(train) / 10)])
     fitted = fit(train[rest], labels[rest], classes, grid)
     found = [figures_of(w, train[held_out], labels[held_out])["top1"] for w in fitted]
-    best = float(np.median(grid[np.equal(found, max(found))]))  # the middle of ties
+    best = float(np.median(grid[np.equal(found, max(found))]))  # ties: the first underfits
     if best in (grid[0], grid[-1]):
         print(f"note: the best {name}, {best:.2g}, is an end of its grid")
     weights = fit(train, labels, classes, [best])[0]

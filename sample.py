@@ -309,7 +309,7 @@ def watch(model, tokenizer, states):
         attention.clear()
         side = math.isqrt(maps.shape[1])
         maps = maps.unflatten(1, (1, side, side))  # K can be 0
-        # at most 8 x 8
+        # small pages
         maps = torch.nn.functional.avg_pool2d(maps, math.ceil(side / 8), ceil_mode=True)
         maps = (255 * maps / maps.amax((2, 3), keepdim=True)).round().byte()
         steps.append({
